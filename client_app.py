@@ -1,0 +1,149 @@
+"""The ClientApp: tells who it is, trains the part it is sent, tests it, and sums batch-norm statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flexfed.batchnorm import collect_sums, pack_sums
+from flexfed.config import Experiment
+from flexfed.data import ClientData, load_client, normalise
+from flexfed.devices import Device, declared, load_fleet
+from flexfed.flower.messages import (
+    check_code,
+    profile_content,
+    read_job,
+    read_statistics,
+    to_record_of_arrays,
+    update_content,
+)
+from flexfed.jobs import Task, evaluate_part, shrink
+from flexfed.methods import METHODS
+from flexfed.submodel import unpack
+from flexfed.training import batches
+
+app = ClientApp()
+STATISTICS_BATCH = 128
+
+
+@app.query("profile")
+def profile(message: Message, context: Context) -> Message:
+    """Who this client is: its partition, its device, how much data it has."""
+    check_code(_config(message))
+    _, partitions = _place(context)
+    return Message(profile_content(_device(context), partitions), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the part that came, by the run's method."""
+    task, data = _work(message, context)
+    job = read_job(message.content, task.layout, _device(context))
+    update = METHODS[_experiment(context).settings.strategy].local_update(job, task, data)
+    return Message(update_content(update), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Test the part that came on the client's validation split."""
+    task, data = _work(message, context)
+    job = read_job(message.content, task.layout, _device(context))
+    record = message.content.array_records.get("statistics")
+    found = None if record is None else read_statistics(record)
+    result = evaluate_part(task, job.arrays, found, data.validation)
+    metrics = {"correct": result.correct, "loss-sum": result.loss_sum, "num-samples": result.num_samples}
+    return Message(RecordDict({"metrics": MetricRecord(cast(Any, metrics))}), reply_to=message)
+
+
+@app.query("statistics")
+def statistics(message: Message, context: Context) -> Message:
+    """Sum what batch norm sees of the client's training data, for every level that the part holds."""
+    task, data = _work(message, context)
+    job = read_job(message.content, task.layout, _device(context))
+    definition = str(message.content.config_records["query"]["definition"])
+    sums: dict[str, ArrayRecord] = {}
+    for name, bits in message.content.config_records["levels"].items():
+        level = unpack(task.layout, {"units": cast(bytes, bits)})
+        model = task.network(shrink(task.layout, job.submodel, level, job.arrays))
+        inputs = (batch.inputs for batch in batches(data.train, STATISTICS_BATCH))
+        sums[name] = to_record_of_arrays(pack_sums(collect_sums(model, inputs, cast(Any, definition))))
+    return Message(RecordDict(cast(Any, sums)), reply_to=message)
+
+
+def _work(message: Message, context: Context) -> tuple[Task, ClientData]:
+    """What every job needs: the network as the server has it, and this client's normalised data."""
+    config = _config(message)
+    check_code(config)
+    torch.set_num_threads(_experiment(context).settings.torch_threads)
+    key = _key(context)
+    task = _task(key, int(config["num-classes"]), tuple(config["input-shape"]))
+    mean, std = tuple(config["input-mean"]), tuple(config["input-std"])
+    return task, _data(key, *_place(context), _data_path(context), mean, std)
+
+
+def _config(message: Message) -> Mapping[str, Any]:
+    return message.content.config_records["config"]
+
+
+_Key = tuple[tuple[str, Any], ...]
+
+
+def _key(context: Context) -> _Key:
+    """The run configuration as something to cache by: actors serve many clients and rounds of a run."""
+    return tuple(sorted(context.run_config.items()))
+
+
+@lru_cache(maxsize=4)
+def _read(key: _Key) -> Experiment:
+    return Experiment.read(dict(key))
+
+
+def _experiment(context: Context) -> Experiment:
+    return _read(_key(context))
+
+
+@lru_cache(maxsize=4)
+def _task(key: _Key, num_classes: int, input_shape: tuple[int, ...]) -> Task:
+    return _read(key).task(num_classes, input_shape)
+
+
+@lru_cache(maxsize=32)
+def _data(
+    key: _Key, partition: int, partitions: int, path: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> ClientData:
+    raw = load_client(replace(_read(key).data, data_path=path), partition, partitions)
+    return replace(raw, train=normalise(raw.train, mean, std), validation=normalise(raw.validation, mean, std))
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """(partition id, number of partitions) of this client."""
+    try:
+        return int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    except KeyError as missing:
+        raise ValueError(
+            f"the node-config lacks {missing}; start the SuperNode with --node-config 'partition-id=0 num-partitions=3'"
+        ) from missing
+
+
+def _data_path(context: Context) -> str:
+    return str(context.node_config.get("data-path", ""))
+
+
+@lru_cache(maxsize=1024)
+def _known_device(key: _Key, partition: int, partitions: int, path: str, told: _Key) -> Device:
+    experiment = _read(key)
+    device = load_fleet(experiment.settings.fleet).device(partition, partitions, experiment.settings.seed)
+    data = load_client(replace(experiment.data, data_path=path), partition, partitions)
+    device = replace(device, num_examples=len(data.train.labels), labels=data.labels)
+    return declared(device, dict(told))
+
+
+def _device(context: Context) -> Device:
+    told = tuple(sorted((k, v) for k, v in context.node_config.items()))
+    return _known_device(_key(context), *_place(context), _data_path(context), told)

@@ -1,0 +1,268 @@
+"""Put the parts together again: fold one reply at a time, then take the mean where somebody spoke.
+
+Covered-mean aggregation (../docs of each method name its weights): for every entry p of the global model,
+
+    new[p] = old[p] + sum_c w_c * difference_c[p] / D[p]
+
+where the sum runs over the replies that hold p and D[p] is their weight (`per="coverage"`) or the weight of all
+replies (`per="total"`). Clients send differences, not values: a mean of equal values is not that value in
+float32, a mean of zeros is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from flexfed.submodel import Submodel, as_slice, narrow_shapes, positions
+from flexfed.units import Arrays, Layout
+
+_POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
+_BLOCK = 256  # replies whose coverage is kept as bits before it is counted
+
+
+@dataclass
+class _Pool:
+    """The sum of all replies whose units agree, apart from outputs that some of them left out."""
+
+    submodel: Submodel  # with every output
+    shapes: dict[str, tuple[int, ...]]  # of its tensors, in wire order
+    total: torch.Tensor  # flat, weighted sum of differences
+    weights: np.ndarray  # (num_units,) float64: weight of the replies that hold each unit
+
+
+class Averager:
+    """Folds replies into one model; memory is about twice the model however many replies come.
+
+    Replies with equal units are summed as one flat vector and scattered once at the end. Outputs that a reply
+    leaves out (HeteroFL's classifier rows of absent labels) do not make it another kind of reply. Once the sums
+    would outgrow 1.5 times the model, further kinds of replies are scattered at once.
+
+    Args:
+        layout: the network's numbering.
+        previous: the global model; read, never written.
+        per: divide by the weight that covers an entry, or by all weight.
+    """
+
+    def __init__(self, layout: Layout, previous: Mapping[str, np.ndarray], per: Literal["coverage", "total"] = "coverage"):
+        if per not in ("coverage", "total"):
+            raise ValueError(f"per must be 'coverage' or 'total', got {per!r}")
+        self._layout = layout
+        self._previous = previous
+        self._per = per
+        self._outputs = layout.fixed_units
+        self._size = _num_entries(layout.shapes)
+        self._pools: dict[bytes, _Pool] = {}
+        self._scattered: dict[str, torch.Tensor] = {}
+        self._covers: list[tuple[Submodel, float]] = []  # of scattered replies, with their weights
+        self._counted: dict[str, np.ndarray] = {}
+        self.total_weight = 0.0
+        self.num_replies = 0
+
+    def add(self, submodel: Submodel, difference: np.ndarray, weight: float = 1.0) -> None:
+        """Fold one reply and forget it.
+
+        Args:
+            submodel: what the reply holds.
+            difference: float32, flat in wire order: trained part minus received part.
+            weight: its weight in the mean, > 0.
+
+        Raises:
+            ValueError: wrong length or dtype, NaN or infinity, weight not positive and finite. Nothing was
+                folded then.
+        """
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weight of a reply must be positive and finite, got {weight}")
+        if difference.dtype != np.float32:
+            raise ValueError(f"differences must be float32, got {difference.dtype}")
+        known = self._pools.get(submodel.key)
+        shapes = known.shapes if known else narrow_shapes(self._layout, submodel)
+        expected = known.total.numel() if known else _num_entries(shapes)
+        if difference.shape != (expected,):
+            raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
+        flat = torch.from_numpy(difference)
+        refuse_non_finite(flat)
+        pool = None if submodel.masks else known or self._pool_for(submodel)
+        if pool is not None:
+            self._add_to_pool(pool, submodel, shapes, flat, weight)
+        else:
+            self._scatter(submodel, shapes, flat, weight)
+            self._cover(submodel, weight)
+        self.total_weight += weight
+        self.num_replies += 1
+
+    def result(self) -> Arrays:
+        """The new model. Entries nobody covered, and tensors the layout does not know, keep their bytes."""
+        new = {name: np.array(array) for name, array in self._previous.items()}
+        for name in self._layout.shapes:
+            numerator = self._numerator(name)
+            if numerator is not None:
+                weight = self._weight(name)
+                if (weight > 0).all():
+                    numerator /= weight
+                    new[name] += numerator
+                else:
+                    covered = np.broadcast_to(weight > 0, numerator.shape)
+                    np.divide(numerator, weight, out=numerator, where=covered)
+                    np.add(new[name], numerator, out=new[name], where=covered)
+        return new
+
+    def _pool_for(self, submodel: Submodel) -> _Pool | None:
+        widest = Submodel(submodel.units | self._outputs, submodel.keys)
+        pool = self._pools.get(widest.key)
+        if pool is None:
+            shapes = narrow_shapes(self._layout, widest)
+            size = _num_entries(shapes)
+            if size + sum(p.total.numel() for p in self._pools.values()) > _POOL_LIMIT * self._size:
+                return None
+            pool = _Pool(widest, shapes, torch.zeros(size), np.zeros(self._layout.num_units))
+            self._pools[widest.key] = pool
+        return pool
+
+    def _add_to_pool(
+        self, pool: _Pool, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
+    ) -> None:
+        if np.array_equal(submodel.units, pool.submodel.units):
+            pool.total.add_(flat, alpha=weight)
+        else:
+            self._add_without_some_outputs(pool, submodel, shapes, flat, weight)
+        pool.weights[submodel.units] += weight
+
+    def _add_without_some_outputs(
+        self, pool: _Pool, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
+    ) -> None:
+        """Tensors in between outputs are one run in both vectors: added together, not one by one."""
+        run = source = target = 0
+        for name, wide in pool.shapes.items():
+            size = math.prod(shapes[name])
+            if shapes[name] == wide:
+                run, source, target = run + size, source + size, target + size
+                continue
+            pool.total[target - run : target].add_(flat[source - run : source], alpha=weight)
+            run = 0
+            row = torch.from_numpy(np.flatnonzero(submodel.units[self._layout.axes[name][0]]))
+            into = pool.total[target : target + math.prod(wide)].view(wide)
+            into.index_add_(0, row, flat[source : source + size].view(shapes[name]), alpha=weight)
+            source, target = source + size, target + math.prod(wide)
+        pool.total[target - run : target].add_(flat[source - run : source], alpha=weight)
+
+    def _scatter(
+        self, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
+    ) -> None:
+        start = 0
+        for name, shape in shapes.items():
+            stop = start + math.prod(shape)
+            into = self._scattered.get(name)
+            if into is None:
+                into = self._scattered[name] = torch.zeros(self._layout.shapes[name])
+            values = flat[start:stop].view(shape)
+            if name in submodel.masks:
+                values = values * torch.from_numpy(submodel.masks[name])
+            add_at(into, positions(self._layout, submodel, name), values, weight)
+            start = stop
+
+    def _cover(self, submodel: Submodel, weight: float) -> None:
+        self._covers.append((submodel, weight))
+        if len(self._covers) >= _BLOCK:
+            self._count_covers()
+
+    def _count_covers(self) -> None:
+        """Turn the block of remembered replies into counts, so that memory does not grow with their number."""
+        for name in self._layout.shapes:
+            held = [(s, w) for s, w in self._covers if s.holds(name)]
+            if held:
+                count = self._coverage(name, [(w * s.units, s.units) for s, w in held])
+                for s, w in held:
+                    if name in s.masks:
+                        count = self._without_masked(name, count, s, w)
+                self._counted[name] = self._counted.get(name, 0) + count
+        self._covers.clear()
+
+    def _without_masked(self, name: str, count: np.ndarray, submodel: Submodel, weight: float) -> np.ndarray:
+        count = np.array(np.broadcast_to(count, self._layout.shapes[name]))
+        absent = torch.from_numpy((~submodel.masks[name]).astype(count.dtype))
+        add_at(torch.from_numpy(count), positions(self._layout, submodel, name), absent, -weight)
+        return count
+
+    def _coverage(self, name: str, rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Weight that covers each (output, input) pair of a tensor: a product of two small matrices.
+
+        Args:
+            name: the tensor.
+            rows: for each kind of reply the weight of every unit, and which units are present.
+        """
+        axes = self._layout.axes[name]
+        shape = self._layout.shapes[name]
+        if not axes:
+            return np.float32(sum(weights.max() for weights, _ in rows))
+        first = np.stack([weights[axes[0]] if axes[0] is not None else np.full(shape[0], weights.max()) for weights, _ in rows])
+        if len(axes) == 1 or axes[1] is None:
+            return first.sum(axis=0).astype(np.float32).reshape(-1, *[1] * (len(shape) - 1))
+        second = np.stack([units[axes[1]] for _, units in rows]).astype(np.float32)
+        return (first.astype(np.float32).T @ second).reshape(*shape[:2], *[1] * (len(shape) - 2))
+
+    def _weight(self, name: str) -> np.ndarray:
+        if self._per == "total":
+            return np.full((1,) * len(self._layout.shapes[name]), self.total_weight, dtype=np.float32)
+        self._count_covers()
+        pools = [p for p in self._pools.values() if p.submodel.holds(name)]
+        weight = self._coverage(name, [(p.weights, p.submodel.units) for p in pools]) if pools else np.float32(0)
+        return np.asarray(weight + self._counted.get(name, np.float32(0)))
+
+    def _numerator(self, name: str) -> np.ndarray | None:
+        """Sum of all weighted differences of one tensor, at full size."""
+        pools = [p for p in self._pools.values() if p.submodel.holds(name)]
+        if not pools and name not in self._scattered:
+            return None
+        into = self._scattered.pop(name, None)
+        into = torch.zeros(self._layout.shapes[name]) if into is None else into
+        for pool in pools:
+            start, shape = _place(pool.shapes, name)
+            values = pool.total[start : start + math.prod(shape)].view(shape)
+            add_at(into, positions(self._layout, pool.submodel, name), values, 1.0)
+        return into.numpy()
+
+
+def _num_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _place(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, tuple[int, ...]]:
+    """Where a tensor begins in a flat vector, and its shape."""
+    start = 0
+    for other, shape in shapes.items():
+        if other == name:
+            break
+        start += math.prod(shape)
+    return start, shapes[name]
+
+
+def refuse_non_finite(flat: torch.Tensor) -> None:
+    """Raise ValueError where a vector holds NaN or infinity.
+
+    A sum carries every NaN and infinity into one number, at the speed of reading; only when that number is not
+    finite (or the sum itself overflowed) are the entries looked at.
+    """
+    if not math.isfinite(float(flat.sum())):
+        bad = int((~torch.isfinite(flat)).sum())
+        if bad:
+            raise ValueError(f"{bad} of {flat.numel()} numbers are NaN or infinite")
+
+
+def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torch.Tensor, weight: float) -> None:
+    """into[kept] += weight * values, in place: by slices where axes are kept as runs, else by (row, column) pairs."""
+    runs = [slice(None) if index is None else as_slice(index) for index in kept]
+    if all(run is not None for run in runs):
+        into[tuple(runs)].add_(values, alpha=weight)  # type: ignore[index]
+        return
+    if len(kept) == 1:
+        into.index_add_(0, torch.from_numpy(kept[0]), values, alpha=weight)
+        return
+    rows, columns = (np.arange(n) if i is None else i for i, n in zip(kept[:2], into.shape[:2], strict=True))
+    pairs = torch.from_numpy((rows[:, None] * into.shape[1] + columns).reshape(-1))
+    into.view(into.shape[0] * into.shape[1], -1).index_add_(0, pairs, values.reshape(len(pairs), -1), alpha=weight)

@@ -1,0 +1,282 @@
+"""The `flexfed` command: run an experiment, compare several, list what was run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flexfed.overrides import Scalar, defaults, parse_overrides
+
+if TYPE_CHECKING:
+    from flexfed.compare import Comparison
+    from flexfed.suites import SuiteRun
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False
+)
+
+APP_DIR = Path(__file__).resolve().parent.parent
+RUNS_DIR = "~/.flexfed/runs"
+_OWN_CODE = ("flexfed", "strategies", "server_app.py", "client_app.py")
+
+Config = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config", "-c", help="Overrides, as after `flwr run -c`: \"strategy='flexfl' seed=2\" or FILE.toml."
+    ),
+]
+Supernodes = Annotated[int, typer.Option(min=1, help="Simulated devices.")]
+Cpus = Annotated[
+    int | None,
+    typer.Option(min=1, help="Clients that work at the same time, one CPU each; default: all CPUs."),
+]
+InProcess = Annotated[
+    bool,
+    typer.Option("--in-process", help="Without Flower's runtime and Ray: the same numbers, much sooner."),
+]
+
+
+@app.command()
+def run(
+    config: Config = None, supernodes: Supernodes = 20, cpus: Cpus = None, in_process: InProcess = False
+) -> None:
+    """Run one experiment; exits with 1 when it failed."""
+    with _errors():
+        app_dir = require_app(APP_DIR)
+        if not in_process:
+            from flexfed.launch import run_simulation
+
+            raise typer.Exit(run_simulation(app_dir, config or [], supernodes, cpus))
+        if cpus is not None:
+            raise ValueError(
+                "--cpus has no effect with --in-process, which trains one client after the other"
+            )
+        raise typer.Exit(
+            _run_in_process(app_dir, parse_overrides(config or [], defaults(app_dir)), supernodes)
+        )
+
+
+def _run_in_process(app_dir: Path, overrides: Mapping[str, Scalar], supernodes: int) -> int:
+    # Before torch is imported: another number of threads changes the bits.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder = load_runner(app_dir)(overrides, supernodes)
+    if (folder / "summary.json").is_file():
+        return 0
+    typer.echo(f"the run ended without a summary.json in {folder}", err=True)
+    return 1
+
+
+def require_app(app_dir: Path) -> Path:
+    """The app's folder, if it is one.
+
+    Raises:
+        ValueError: it holds no app; says how to get one.
+    """
+    missing = [name for name in ("pyproject.toml", "server_app.py") if not (app_dir / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"no app in {app_dir} ({', '.join(missing)} missing): `flexfed run` and `flexfed compare` need "
+            "the source tree, of which an installed package is only a part; clone the repository and install "
+            "it in place with `pip install -e .`"
+        )
+    return app_dir
+
+
+def load_runner(app_dir: Path) -> Callable[[Mapping[str, Scalar], int], Path]:
+    """`run_in_process` of the app's server_app.py."""
+    sys.path.insert(0, str(app_dir))
+    module = importlib.import_module("server_app")
+    found = Path(str(module.__file__)).resolve().parent
+    if found != app_dir.resolve():
+        raise ValueError(
+            f"expected server_app from {app_dir}, got the one in {found}; start Python without it"
+        )
+    runner: Callable[[Mapping[str, Scalar], int], Path] = module.run_in_process
+    return runner
+
+
+@app.command()
+def compare(
+    targets: Annotated[
+        list[str], typer.Argument(metavar="SUITE.toml | RUN...", help="A suite, or run folders.")
+    ],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs of a suite at the same time; default: all CPUs.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this file as Markdown, too.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Row to measure the others against.")] = None,
+) -> None:
+    """Compare runs: of a suite, running what is missing, or of the given folders."""
+    from flexfed.compare import compare_runs, load_runs
+    from flexfed.tables import to_markdown, to_text
+
+    with _errors():
+        failed = 0
+        if any(target.endswith(".toml") for target in targets):
+            if len(targets) > 1:
+                raise ValueError("give one suite, or run folders, not both")
+            comparison, failed = _compare_suite(Path(targets[0]), workers or _num_cpus(), baseline)
+        else:
+            comparison = compare_runs(load_runs(map(Path, targets)), baseline)
+        typer.echo(to_text(comparison))
+        if out is not None:
+            out.write_text(to_markdown(comparison, _command(targets, baseline)), encoding="utf-8")
+        raise typer.Exit(1 if failed else 0)
+
+
+def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comparison, int]:
+    """Run what a suite lacks, and make its tables; also the number of runs that failed."""
+    from dataclasses import replace
+
+    from flexfed.suites import load_suite, suite_comparison, suite_runs
+    from flexfed.workers import run_missing
+
+    app_dir = require_app(APP_DIR)
+    known = defaults(app_dir)
+    suite = load_suite(path, known)
+    suite = replace(suite, baseline=baseline) if baseline else suite
+    runs = suite_runs(suite, known)
+    with _progress(runs) as on_done:
+        failed = run_missing(runs, workers, app_dir, on_done)
+    return suite_comparison(suite, runs), failed
+
+
+@contextmanager
+def _progress(runs: Sequence[SuiteRun]) -> Iterator[Callable[[SuiteRun, str | None], None]]:
+    """A bar over the runs of a suite; gives what is to be called when one is done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from flexfed.suites import finished_folder
+
+    columns = (
+        TextColumn("runs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    there = sum(finished_folder(run) is not None for run in runs)
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("runs", total=len(runs), completed=there)
+
+        def on_done(run: SuiteRun, error: str | None) -> None:
+            bar.advance(task)
+            if error:
+                bar.console.print(f"{run.name} failed: {error}", markup=False, highlight=False)
+
+        yield on_done
+
+
+def _command(targets: Sequence[str], baseline: str | None) -> str:
+    """The command line without places of this machine."""
+    words = ["flexfed", "compare", *(_portable(target) for target in targets)]
+    return " ".join(words + (["--baseline", f'"{baseline}"'] if baseline else []))
+
+
+def _portable(target: str) -> str:
+    """A path from the app's folder on, else only its name."""
+    path = Path(target).resolve()
+    return str(path.relative_to(APP_DIR)) if path.is_relative_to(APP_DIR) else path.name
+
+
+def _num_cpus() -> int:
+    from flexfed.launch import num_cpus
+
+    return num_cpus()
+
+
+@app.command()
+def runs(
+    runs_dir: Annotated[
+        str | None, typer.Option(help=f"Where to look; default: runs-dir, else {RUNS_DIR}.")
+    ] = None,
+) -> None:
+    """List run folders, those of suites included: time, strategy, data set, seed, final accuracy, path."""
+    from flexfed.runs import find_runs
+
+    with _errors():
+        root = Path(runs_dir or _default_runs_dir()).expanduser()
+        folders = sorted(find_runs(root) + [path for suite in root.glob("*/*/") for path in find_runs(suite)])
+        if not folders:
+            raise ValueError(f"no runs in {root}")
+        lines = [("time", "strategy", "data set", "seed", "accuracy", "path"), *map(_describe, folders)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            typer.echo(
+                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            )
+
+
+def _default_runs_dir() -> str:
+    if not (APP_DIR / "pyproject.toml").is_file():
+        return RUNS_DIR
+    return str(defaults(APP_DIR).get("runs-dir", RUNS_DIR))
+
+
+def _describe(folder: Path) -> tuple[str, ...]:
+    """One line of the list; a damaged run is named, not hidden."""
+    from flexfed.report import percent
+    from flexfed.runs import load_run
+
+    day, _, clock = folder.name[:15].partition("-")
+    when = f"{day[:4]}-{day[4:6]}-{day[6:]} {clock[:2]}:{clock[2:4]}"
+    try:
+        found = load_run(folder)
+    except ValueError as error:
+        return (when, "?", "?", "?", "damaged", str(error))
+    words = tuple(str(found.config.get(key, "?")) for key in ("strategy", "dataset", "seed"))
+    reached = f"unfinished, {len(found.rounds)} rounds"
+    return (
+        when,
+        *words,
+        percent(found.summary["final"].get("accuracy")) if found.summary else reached,
+        str(folder),
+    )
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Say what is wrong in one line and exit with 1; bugs keep their traceback."""
+    from flexfed.launch import LaunchError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (ValueError, LaunchError) as error:
+        if not isinstance(error, LaunchError) and not _is_ours(error):
+            raise
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it and wrote its text for people; else it is a bug: keep the traceback."""
+    frames: list[Any] = traceback.extract_tb(error.__traceback__)
+    path = Path(frames[-1].filename).resolve()
+    return path.is_relative_to(APP_DIR) and path.relative_to(APP_DIR).parts[0] in _OWN_CODE
+
+
+def main() -> None:
+    """Entry point of the `flexfed` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Compare runs: which may be compared, means over seeds, differences paired by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexfed.overrides import Scalar
+from flexfed.runs import Run, find_runs, load_run
+
+# Keys that say which method runs, where files lie and how the machine is used: not what is compared on.
+METHOD_KEYS = frozenset({"strategy", "ratio-policy"})
+PLACE_KEYS = frozenset({"runs-dir", "state-dir", "resume", "replies-in-flight", "torch-threads"})
+
+
+# --- what may be compared -----------------------------------------------------------------------------------
+
+
+def shared_config(run: Run) -> dict[str, Scalar]:
+    """The configuration that is not the method's own: data, network, fleet, seed, rounds, training.
+
+    Dotted keys are knobs of one method.
+    """
+    left_out = METHOD_KEYS | PLACE_KEYS
+    return {key: value for key, value in run.config.items() if "." not in key and key not in left_out}
+
+
+def comparable(one: Run, other: Run) -> bool:
+    """Whether two runs differ in the method only."""
+    return shared_config(one) == shared_config(other) and _num_clients(one) == _num_clients(other)
+
+
+def _num_clients(run: Run) -> Any:
+    """Number of clients; no configuration key, because the federation decides it."""
+    return (run.summary or {}).get("clients")
+
+
+def find_comparable(run: Run, strategy: str = "exclusive") -> Run | None:
+    """The newest finished run of `strategy` beside this one that differs from it in the method only.
+
+    None, too, for a run of that strategy itself.
+    """
+    if run.config.get("strategy") == strategy:
+        return None
+    for path in reversed(find_runs(run.path.parent)):
+        # The name is cheap to look at, and there may be hundreds of runs.
+        if path == run.path or f"-{strategy}-" not in path.name:
+            continue
+        other = load_run(path)
+        if other.summary and other.config.get("strategy") == strategy and comparable(run, other):
+            return other
+    return None
+
+
+# --- rows and their numbers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method (or variant) of a comparison: its finished runs, by seed."""
+
+    name: str
+    runs: Mapping[int, Run]
+
+    def values(self, part: str, metric: str) -> dict[int, float]:
+        """Seed -> a metric of the summary's `final`, `last10` or `best`; runs without it are left out."""
+        found = {seed: _summary(run)[part].get(metric) for seed, run in sorted(self.runs.items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean_total(self, key: str) -> float | None:
+        """Mean over seeds of a total, such as bytes-up."""
+        found = [_summary(run)[key] for run in self.runs.values() if _summary(run).get(key) is not None]
+        return statistics.fmean(found) if found else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is shown: rows, the one the others are measured against, and the metrics.
+
+    Attributes:
+        title: name of the suite.
+        rows: in the order of the table.
+        baseline: name of a row; None = no differences.
+        metrics: names as in summary.json.
+        notes: sentences for the reader, under the tables.
+    """
+
+    title: str
+    rows: Sequence[Row]
+    baseline: str | None
+    metrics: Sequence[str]
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if self.baseline is not None and self.baseline not in names:
+            raise ValueError(f"baseline {self.baseline!r} is no row; rows: {', '.join(names)}")
+
+
+def _summary(run: Run) -> Mapping[str, Any]:
+    if run.summary is None:
+        raise ValueError(f"{run.path} is not finished: it has no summary.json")
+    return run.summary
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (n - 1); None where there are too few values."""
+    numbers = list(values)
+    mean = statistics.fmean(numbers) if numbers else None
+    return mean, statistics.stdev(numbers) if len(numbers) > 1 else None
+
+
+def paired_differences(row: Row, baseline: Row, metric: str) -> dict[int, float]:
+    """Seed -> the row's mean of the last ten rounds minus the baseline's, for the seeds that both have.
+
+    Pairing takes out what a seed does to every method alike: the partition, the start, the cohorts.
+    """
+    ours, theirs = row.values("last10", metric), baseline.values("last10", metric)
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
+    """A comparison of given runs: equal configurations but for the seed make one row.
+
+    Rows are named by strategy, and by the knobs that tell them apart. Without a `baseline` it is the row
+    `exclusive`, if there is one.
+
+    Raises:
+        ValueError: a run is unfinished, or two have the same configuration and seed.
+    """
+    groups: dict[tuple[tuple[str, Scalar], ...], dict[int, Run]] = {}
+    for run in runs:
+        group = groups.setdefault(_variant(run), {})
+        seed = int(_summary(run).get("seed", run.config.get("seed", 0)))
+        if seed in group:
+            raise ValueError(
+                f"two runs of one configuration have seed {seed}: {group[seed].path} and {run.path}"
+            )
+        group[seed] = run
+    rows = [
+        Row(name, by_seed) for name, by_seed in zip(_row_names(list(groups)), groups.values(), strict=True)
+    ]
+    if baseline is None and any(row.name == "exclusive" for row in rows):
+        baseline = "exclusive"
+    return Comparison("runs", rows, baseline, _accuracies(runs), _notes(rows))
+
+
+def _variant(run: Run) -> tuple[tuple[str, Scalar], ...]:
+    """What makes a row: shared keys but the seed, and the method's own."""
+    own = f"{run.config.get('strategy')}."
+    keys = [
+        key
+        for key in run.config
+        if key not in PLACE_KEYS | {"seed"} and ("." not in key or key.startswith(own))
+    ]
+    return tuple((key, run.config[key]) for key in sorted(keys))
+
+
+def _row_names(variants: Sequence[tuple[tuple[str, Scalar], ...]]) -> list[str]:
+    """The strategy, and those keys whose values differ among the rows of that strategy."""
+    tables = [dict(variant) for variant in variants]
+    names = []
+    for table in tables:
+        same = [other for other in tables if other.get("strategy") == table.get("strategy")]
+        keys = [key for key in table if any(other.get(key) != table[key] for other in same)]
+        words = [f"{key.rpartition('.')[2]}={table[key]}" for key in keys]
+        names.append(" ".join([str(table.get("strategy", "?")), *words]))
+    return names
+
+
+def _accuracies(runs: Sequence[Run]) -> list[str]:
+    names = {name for run in runs for name in _summary(run)["last10"] if name.startswith("accuracy")}
+    return sorted(names)
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """A warning where rows differ in more than the method."""
+    configs = [shared_config(run) for row in rows for run in row.runs.values()]
+    keys = sorted({key for config in configs for key in config} - {"seed"})
+    differing = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+    return [f"Rows differ in more than the method: {', '.join(differing)}."] if differing else []
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """Read run folders; an unfinished one is an error."""
+    runs = [load_run(path) for path in paths]
+    for run in runs:
+        _summary(run)
+    return runs

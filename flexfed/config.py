@@ -1,0 +1,174 @@
+"""The run configuration as frozen dataclasses: read once, checked before round 1."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from flexfed.data import DataConfig
+from flexfed.jobs import Task
+from flexfed.methods import METHODS
+from flexfed.models import check_model, model_factory
+from flexfed.training import Training
+from flexfed.units import trace_layout
+
+T = TypeVar("T")
+
+BATCH_NORM = ("static", "batch")
+REPLY_ORDER = ("cohort", "arrival")
+RATIO_POLICIES = ("level",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Knobs that every method shares.
+
+    Attributes:
+        weights: start from a safetensors file, or 'torchvision' for the pretrained weights in the local cache.
+        fraction_train: share of the devices in a round's cohort.
+        fraction_evaluate: share of the devices that test their level on their own validation split.
+        evaluate_every: rounds between evaluations; the last round is always evaluated.
+        ratio_policy: how much of the model a device gets; 'level' = by its nominal capacity.
+        batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
+        reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival' (real fleets).
+        replies_in_flight: messages sent and not yet folded, at most.
+        round_timeout: seconds after which a round closes without the replies that are missing.
+        runs_dir: where run folders go; absolute or beginning with '~'.
+        torch_threads: threads of torch on the server and on every client.
+    """
+
+    strategy: str = "flexfl"
+    model: str = "cnn"
+    weights: str = ""
+    fleet: str = "skewed"
+    num_server_rounds: int = 30
+    fraction_train: float = 0.5
+    fraction_evaluate: float = 0.5
+    evaluate_every: int = 1
+    ratio_policy: str = "level"
+    batch_norm: str = "static"
+    reply_order: str = "cohort"
+    replies_in_flight: int = 64
+    round_timeout: float = 3600.0
+    seed: int = 1
+    runs_dir: str = "~/.flexfed/runs"
+    torch_threads: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("strategy", self.strategy, METHODS)
+        _one_of("batch-norm", self.batch_norm, BATCH_NORM)
+        _one_of("reply-order", self.reply_order, REPLY_ORDER)
+        _one_of("ratio-policy", self.ratio_policy, RATIO_POLICIES)
+        if not 0 < self.fraction_train <= 1:
+            raise ValueError(f"fraction-train must be in (0, 1], got {self.fraction_train}")
+        if not 0 <= self.fraction_evaluate <= 1:
+            raise ValueError(f"fraction-evaluate must be in [0, 1], got {self.fraction_evaluate}")
+        for key in ("num_server_rounds", "evaluate_every", "replies_in_flight", "torch_threads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key.replace('_', '-')} must be at least 1, got {getattr(self, key)}")
+        if not (math.isfinite(self.round_timeout) and self.round_timeout > 0):
+            raise ValueError(f"round-timeout must be > 0 seconds, got {self.round_timeout}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
+        for key in ("runs_dir", "weights"):
+            absolute_path(key.replace("_", "-"), getattr(self, key))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run's whole configuration."""
+
+    settings: Settings
+    data: DataConfig
+    training: Training
+    method: Any
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Experiment:
+        """Read a flat run configuration; keys that are absent have their defaults.
+
+        Raises:
+            ValueError: an unknown name or an impossible value; says which and lists what is possible.
+        """
+        settings = read(Settings, values)
+        method = METHODS[settings.strategy]
+        return cls(settings, read(DataConfig, values), read(Training, values), read(method.config, values, method.prefix))
+
+    def task(self, num_classes: int, input_shape: tuple[int, ...]) -> Task:
+        """The network, traced, and how it is trained.
+
+        Raises:
+            ValueError: no such network, one too large for the input, or one that cannot be traced.
+        """
+        factory = model_factory(self.settings.model, num_classes, input_shape)
+        check_model(self.settings.model, num_classes, input_shape)
+        layout = trace_layout(factory, input_shape)
+        return Task(factory, layout, input_shape, num_classes, self.training, self.method)
+
+
+def absolute_path(key: str, value: str) -> None:
+    """Refuse a relative path: the server process has another working directory than the user.
+
+    Names that are no paths (no separator in them) pass.
+    """
+    if "/" in value and not value.startswith("~") and not Path(value).is_absolute():
+        raise ValueError(
+            f"{key} must be an absolute path or begin with '~', got {value!r}: the run has another working "
+            "directory than you (`flexfed run` resolves relative paths)"
+        )
+
+
+def read(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Fill a dataclass from the keys that carry its fields' names, written with hyphens behind `prefix`.
+
+    A tuple field is written as one string, "0.1, 0.2", because Flower's configuration holds no lists.
+    """
+    hints = get_type_hints(cls)
+    given = {}
+    for field in fields(cls):  # type: ignore[arg-type]
+        key = prefix + field.name.replace("_", "-")
+        if key in values:
+            given[field.name] = _convert(key, values[key], hints[field.name])
+    return cls(**given)
+
+
+def keys_of(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Configuration key -> default, as it is written in pyproject.toml."""
+    return {prefix + f.name.replace("_", "-"): _written(f.default) for f in fields(cls)}
+
+
+def _written(value: Any) -> Any:
+    return ", ".join(str(v) for v in value) if isinstance(value, tuple) else value
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is tuple:
+        return _numbers(key, value, get_args(hint)[0])
+    if get_origin(hint) in (types.UnionType,):
+        hint = get_args(hint)[0]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kind = hint if isinstance(hint, type) else str
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"{key} must be {_KINDS.get(kind, kind.__name__)}, got {value!r}")
+    return value
+
+
+_KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _numbers(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
+    text = str(value)
+    try:
+        return tuple(kind(piece) for piece in text.replace(",", " ").split())
+    except ValueError:
+        raise ValueError(f"{key} must be numbers in one string, like \"0.5, 0.25\"; got {value!r}") from None
+
+
+def _one_of(key: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {key} {value!r}; known: {', '.join(sorted(known))}")

@@ -1,0 +1,193 @@
+"""The data room: a hub name, a local folder or the built-in digits -> samples of the server and the clients.
+
+Values are raw (images in [0, 1], channels first; arrays as they are): the server measures mean and deviation
+on its proxy samples, and everybody normalises with those. Data sets stay open for the life of the process and
+each row is decoded once, so a worker that serves many clients pays once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexfed.data.config import PARTITIONS, DataConfig
+from flexfed.data.partitions import partition_rows
+from flexfed.data.sources import Source, Split, own_folder, server_rows, source
+from flexfed.training import Samples
+
+__all__ = [
+    "PARTITIONS",
+    "ClientData",
+    "DataConfig",
+    "DatasetInfo",
+    "ServerData",
+    "dataset_info",
+    "load_client",
+    "load_server",
+    "normalisation",
+    "normalise",
+]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a network and a report need to know of a data set.
+
+    Attributes:
+        num_classes: labels are below it.
+        input_shape: of one sample, without the batch.
+        num_train: samples that are divided among the clients (a client's own folder: all its samples).
+        label_names: one name per class.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, ...]
+    num_train: int
+    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ServerData:
+    """The server's samples, raw: `proxy` for statistics and pre-training, `test` for evaluation."""
+
+    proxy: Samples
+    test: Samples
+    info: DatasetInfo
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """A client's samples, raw; `labels` are those present in train or validation, in order."""
+
+    train: Samples
+    validation: Samples
+    labels: tuple[int, ...]
+    info: DatasetInfo
+
+
+def dataset_info(config: DataConfig) -> DatasetInfo:
+    """Classes, input shape and number of training samples; of the own folder if `config.data_path` is set.
+
+    Labels that are plain integers count up to the largest one found, so a client's own folder may show fewer
+    classes than the server's data set: the server's number holds.
+
+    Raises:
+        ValueError: the data cannot be found or read, or their columns are not clear.
+    """
+    data = _source(config)
+    shape = data.train.inputs(np.array([0])).shape[1:]
+    return DatasetInfo(data.num_classes, tuple(shape), len(_client_rows(config)), data.label_names)
+
+
+def load_server(config: DataConfig) -> ServerData:
+    """The server's proxy and test samples, the same for every seed, disjoint, and held by no client.
+
+    The test samples are the test split (else the validation split, else 20 % of the training split), the
+    proxy samples come from the training split. `config.data_path` is a client's and plays no part.
+
+    Raises:
+        ValueError: the data cannot be found or read, or their columns are not clear.
+    """
+    data = source(config.dataset, config.subset, config.image_column, config.label_column)
+    proxy, test, clients = server_rows(data, config.proxy_fraction)
+    if data.test is None:
+        test_samples = _samples(data.train, test)
+    else:
+        test_samples = _samples(data.test, np.arange(len(data.test.labels)))
+    shape = tuple(test_samples.inputs.shape[1:])
+    info = DatasetInfo(data.num_classes, shape, len(clients), data.label_names)
+    return ServerData(_samples(data.train, proxy), test_samples, info)
+
+
+def load_client(config: DataConfig, partition: int, num_partitions: int) -> ClientData:
+    """One client's samples: its partition of the data set, or all of its own folder's training split.
+
+    The validation samples are drawn by (seed, partition) and rounded down, so at least one sample is left to
+    train on and a client of few samples may have none to validate with.
+
+    Raises:
+        ValueError: no such partition, or the data or the partition cannot be made.
+    """
+    if not 0 <= partition < num_partitions:
+        raise ValueError(f"partition-id must be in 0..{num_partitions - 1} (num-partitions), got {partition}")
+    data = _source(config)
+    rows = _client_rows(config) if config.data_path else _partitions(config, num_partitions)[partition]
+    rows = np.random.default_rng([config.seed, partition]).permutation(rows)
+    validation, train = np.split(rows, [int(config.validation_fraction * len(rows))])
+    return ClientData(
+        _samples(data.train, train),
+        _samples(data.train, validation),
+        tuple(np.unique(data.train.labels[rows]).tolist()),
+        dataset_info(config),
+    )
+
+
+def normalisation(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel (axis 1 of the inputs) over all samples and positions.
+
+    A channel that does not vary (deviation below 1e-6) gets deviation 1, so that it is only centred.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not len(samples.labels):
+        raise ValueError("cannot measure mean and deviation on no samples; set proxy-fraction > 0")
+    channels = samples.inputs.double().transpose(0, 1).flatten(1)
+    std = channels.std(dim=1, correction=0)
+    return tuple(channels.mean(dim=1).tolist()), tuple(torch.where(std < 1e-6, 1.0, std).tolist())
+
+
+def normalise(samples: Samples, mean: tuple[float, ...], std: tuple[float, ...]) -> Samples:
+    """Samples with (input - mean) / std per channel.
+
+    Raises:
+        ValueError: not one mean and one deviation per channel.
+    """
+    num_channels = samples.inputs.shape[1]
+    if not len(mean) == len(std) == num_channels:
+        raise ValueError(
+            f"inputs of shape {tuple(samples.inputs.shape[1:])} need {num_channels} means and deviations, "
+            f"got {len(mean)} and {len(std)}"
+        )
+    return Samples(
+        (samples.inputs - _spread(mean, samples.inputs)) / _spread(std, samples.inputs), samples.labels
+    )
+
+
+def _spread(values: tuple[float, ...], inputs: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=inputs.dtype).view(-1, *[1] * (inputs.ndim - 2))
+
+
+def _source(config: DataConfig) -> Source:
+    """The client's own folder, which has no subsets, or the data set."""
+    if config.data_path:
+        return source(own_folder(config.data_path), "", config.image_column, config.label_column)
+    return source(config.dataset, config.subset, config.image_column, config.label_column)
+
+
+@lru_cache(maxsize=16)
+def _client_rows(config: DataConfig) -> np.ndarray:
+    """Training rows that belong to clients."""
+    data = _source(config)
+    return (
+        np.arange(len(data.train.labels)) if config.data_path else server_rows(data, config.proxy_fraction)[2]
+    )
+
+
+@lru_cache(maxsize=16)
+def _partitions(config: DataConfig, num_partitions: int) -> tuple[np.ndarray, ...]:
+    """Training rows of each client."""
+    rows, data = _client_rows(config), _source(config)
+    ids = None
+    if config.partition == "natural":
+        column = data.train.ids(config.id_column)
+        ids = [column[row] for row in rows]
+    return tuple(rows[part] for part in partition_rows(config, data.train.labels[rows], ids, num_partitions))
+
+
+def _samples(split: Split, rows: np.ndarray) -> Samples:
+    return Samples(torch.from_numpy(split.inputs(rows)), torch.from_numpy(split.labels[rows]))

@@ -1,0 +1,1 @@
+"""The room that speaks Flower: jobs and updates as messages, and grids."""

@@ -1,0 +1,170 @@
+"""Jobs and updates as Flower messages, and back; whatever comes in is checked before it is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from flexfed.batchnorm import Statistics
+from flexfed.devices import Device, from_record, to_record
+from flexfed.jobs import Assignment, Job, Update
+from flexfed.submodel import Submodel, pack, unflatten, unpack
+from flexfed.units import Arrays, Layout
+
+_RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
+_DTYPES = ("float32", "float64")
+
+
+def to_array(values: np.ndarray) -> Array:
+    """A numpy array as Flower's, without numpy's file header."""
+    return Array(dtype=str(values.dtype), shape=values.shape, stype=_RAW, data=np.ascontiguousarray(values).tobytes())
+
+
+def from_array(array: Array) -> np.ndarray:
+    """A read-only view of an array that `to_array` made.
+
+    Raises:
+        ValueError: another encoding, a type that is not a floating-point one, or bytes that do not fit the shape.
+    """
+    if array.stype != _RAW or array.dtype not in _DTYPES:
+        raise ValueError(f"arrays must be {' or '.join(_DTYPES)} as {_RAW!r}, got {array.dtype!r} as {array.stype!r}")
+    shape = tuple(int(n) for n in array.shape)
+    expected = math.prod(shape) * np.dtype(array.dtype).itemsize
+    if any(n < 0 for n in shape) or len(array.data) != expected:
+        raise ValueError(f"an array of shape {shape} should have {expected} bytes, got {len(array.data)}")
+    return np.frombuffer(array.data, dtype=array.dtype).reshape(shape)
+
+
+def to_record_of_arrays(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Named arrays as one record."""
+    return ArrayRecord({name: to_array(values) for name, values in arrays.items()})
+
+
+def from_record_of_arrays(record: ArrayRecord) -> Arrays:
+    """Undo `to_record_of_arrays`; views."""
+    return {name: from_array(array) for name, array in record.items()}
+
+
+@lru_cache(maxsize=1)
+def code_fingerprint() -> str:
+    """A short hash of the app's own source: jobs carry it, and a client with other code refuses them."""
+    root = Path(__file__).resolve().parent.parent.parent
+    files = [root / "client_app.py", root / "server_app.py"]
+    files += [*(root / "flexfed").rglob("*.py"), *(root / "strategies").rglob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(f for f in files if f.is_file()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def check_code(config: Mapping[str, Any]) -> None:
+    """Refuse a job from a server with other code.
+
+    Raises:
+        RuntimeError: names both fingerprints.
+    """
+    theirs, ours = config.get("code", ""), code_fingerprint()
+    if theirs != ours:
+        raise RuntimeError(
+            f"this client runs other code ({ours}) than the server ({theirs}): another checkout answers here, or an "
+            "old SuperNode; start the SuperLink from an empty directory, or update this device"
+        )
+
+
+def job_content(
+    flat: Array, assignment: Assignment, seed: int, server_round: int, extra: Mapping[str, Any]
+) -> RecordDict:
+    """A job's records. `flat` may be shared between messages, the records may not."""
+    config = {"code": code_fingerprint(), "seed": seed, "round": server_round, **extra}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"part": flat}),
+            "submodel": ConfigRecord(cast(Any, pack(assignment.submodel))),
+            "config": ConfigRecord({**config, **{f"method.{k}": v for k, v in assignment.config.items()}}),
+        }
+    )
+
+
+def read_job(content: RecordDict, layout: Layout, device: Device) -> Job:
+    """A job as its client sees it."""
+    config = content.config_records["config"]
+    submodel = unpack(layout, cast(Any, content.config_records["submodel"]))
+    part = unflatten(layout, submodel, from_array(content.array_records["arrays"]["part"]))
+    own = {k.removeprefix("method."): v for k, v in config.items() if k.startswith("method.")}
+    return Job(submodel, part, device, cast(Any, own), int(cast(int, config["seed"])), int(cast(int, config["round"])))
+
+
+def update_content(update: Update) -> RecordDict:
+    """A reply's records."""
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"part": to_array(update.difference)}),
+            "submodel": ConfigRecord(cast(Any, pack(update.submodel))),
+            "metrics": MetricRecord({"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}),
+        }
+    )
+
+
+def read_update(content: RecordDict, layout: Layout) -> Update:
+    """A reply, checked as far as it can be without knowing what was sent.
+
+    Raises:
+        ValueError: records are missing, or do not hold what a reply holds.
+    """
+    try:
+        flat = from_array(content.array_records["arrays"]["part"])
+        packed = content.config_records["submodel"]
+        metrics = dict(content.metric_records["metrics"])
+    except KeyError as missing:
+        raise ValueError(f"reply lacks {missing}; expected arrays/part, submodel and metrics/weight") from missing
+    weight = metrics.pop("weight", math.nan)
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in [weight, *metrics.values()]):
+        raise ValueError(f"weight and metrics of a reply must be finite numbers, got weight {weight} and {metrics}")
+    if not all(isinstance(value, bytes) for value in packed.values()):
+        raise ValueError("the submodel of a reply must be bytes")
+    submodel = unpack(layout, cast(Any, packed))
+    return Update(submodel, flat, float(cast(float, weight)), cast(Any, metrics))
+
+
+def statistics_content(statistics: Statistics) -> ArrayRecord:
+    """Batch-norm statistics for the wire: layer -> float32 (2, channels), means above variances."""
+    return to_record_of_arrays({name: np.stack(pair).astype(np.float32) for name, pair in statistics.items()})
+
+
+def read_statistics(record: ArrayRecord) -> Statistics:
+    """Undo `statistics_content`."""
+    return {name: (pair[0], pair[1]) for name, pair in from_record_of_arrays(record).items()}
+
+
+def profile_content(device: Device, num_partitions: int) -> RecordDict:
+    """A client's answer to the profile query."""
+    return RecordDict(
+        {
+            "device": ConfigRecord(to_record(device)),
+            "config": ConfigRecord({"code": code_fingerprint(), "num-partitions": num_partitions}),
+        }
+    )
+
+
+def read_profile(content: RecordDict) -> tuple[Device, int]:
+    """The device of a client, and how many partitions it believes there are."""
+    device = from_record(dict(content.config_records["device"]))
+    return device, int(cast(int, content.config_records["config"]["num-partitions"]))
+
+
+def num_bytes(message: Message) -> int:
+    """Bytes of a message's content: arrays, keys and values."""
+    content = message.content
+    return sum(record.count_bytes() for record in content.values())
+
+
+def sent_submodel(layout: Layout, message: Message) -> Submodel:
+    """The submodel that a message names."""
+    return unpack(layout, cast(Any, message.content.config_records["submodel"]))

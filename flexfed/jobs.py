@@ -1,0 +1,168 @@
+"""What travels between server and client, and what both know from the configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flexfed.batchnorm import Statistics
+from flexfed.cost import forward_macs, training_macs
+from flexfed.devices import Device
+from flexfed.submodel import Submodel, flatten, narrow, relative_positions, take
+from flexfed.training import Evaluation, Loss, Samples, Training, cross_entropy, evaluate, fit, use_batch_statistics
+from flexfed.units import Arrays, Factory, Layout
+
+if TYPE_CHECKING:
+    from flexfed.data import ClientData
+
+Scalar = str | int | float | bool | bytes | list[int] | list[float] | list[str] | list[bytes]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one client: train this part.
+
+    Attributes:
+        submodel: what the part holds, in the full network's numbering.
+        arrays: the part, narrow.
+        device: who is asked.
+        config: what this method's client needs besides.
+        state: private arrays the client kept from earlier rounds.
+        seed: of this client and round; every draw on the client comes from it.
+        server_round: counted from 1.
+    """
+
+    submodel: Submodel
+    arrays: Arrays
+    device: Device
+    config: Mapping[str, Scalar]
+    seed: int
+    server_round: int
+    state: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client learned.
+
+    Attributes:
+        submodel: what it trained and reports; within the job's.
+        difference: float32, flat in wire order: trained part minus received part.
+        weight: its weight in the mean where the method weighs by examples.
+        metrics: numbers for the record of the round, among them "macs" and "train-loss".
+        state: private arrays to keep on the client.
+    """
+
+    submodel: Submodel
+    difference: np.ndarray
+    weight: float
+    metrics: Mapping[str, float]
+    state: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who trains what: a part, the name of its level, and what else this client's job needs."""
+
+    submodel: Submodel
+    level: str
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The network and how it is trained: the same on the server and on every client."""
+
+    factory: Factory
+    layout: Layout
+    input_shape: tuple[int, ...]
+    num_classes: int
+    training: Training
+    method: Any
+
+    def macs(self, submodel: Submodel) -> int:
+        """Multiply-accumulates of one sample's forward pass through a part."""
+        return forward_macs(self.factory, self.layout, submodel, self.input_shape)
+
+    def network(self, arrays: Arrays) -> torch.nn.Module:
+        """A narrow network for training: batch norm uses the statistics of the batch."""
+        return use_batch_statistics(narrow(self.factory, arrays))
+
+
+class Trained(NamedTuple):
+    """A narrow network after local training, with the mean loss and the samples trained on."""
+
+    arrays: Arrays
+    loss: float
+    num_samples: int
+
+
+LocalUpdate = Callable[[Job, Task, "ClientData"], Update]
+"""A method's work on the client."""
+
+
+def train_network(model: torch.nn.Module, job: Job, task: Task, samples: Samples, loss: Loss = cross_entropy) -> Trained:
+    """Train a network with the run's settings and the job's seed, in place."""
+    rng = np.random.default_rng(job.seed)
+    torch.manual_seed(job.seed)  # dropout
+    learning_rate = task.training.rate_at(job.server_round)
+    result = fit(model, samples, task.training, learning_rate, rng, loss)
+    arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    return Trained(arrays, result.loss, result.num_samples)
+
+
+def make_update(
+    job: Job, task: Task, received: Submodel, arrays: Arrays, trained: Trained, weight: float, macs: int = 0,
+    reported: Submodel | None = None,
+) -> Update:
+    """The difference between what was trained and what was received.
+
+    Args:
+        job: as received.
+        task: of the run.
+        received: what was trained.
+        arrays: its tensors before training.
+        trained: and after.
+        weight: number of examples.
+        macs: multiply-accumulates beside training the network itself (distillation teachers).
+        reported: the part of `received` that is sent back; all of it by default.
+    """
+    difference = flatten(task.layout, received, trained.arrays) - flatten(task.layout, received, arrays)
+    metrics = {
+        "train-loss": trained.loss,
+        "macs": float(training_macs(task.macs(received), trained.num_samples) + macs),
+    }
+    if reported is not None and reported.key != received.key:
+        difference = _part_of(task.layout, received, reported, difference)
+    return Update(reported or received, difference, weight, metrics)
+
+
+def _part_of(layout: Layout, outer: Submodel, inner: Submodel, difference: np.ndarray) -> np.ndarray:
+    from flexfed.submodel import unflatten
+
+    return flatten(layout, inner, shrink(layout, outer, inner, unflatten(layout, outer, difference)))
+
+
+def shrink(layout: Layout, outer: Submodel, inner: Submodel, part: Mapping[str, np.ndarray]) -> Arrays:
+    """Cut a part further, without the full network: what a device does when its memory is short."""
+    return {
+        name: take(part[name], relative_positions(layout, outer, inner, name))
+        for name in layout.shapes
+        if inner.holds(name)
+    }
+
+
+def evaluate_part(
+    task: Task, arrays: Arrays, statistics: Statistics | None, samples: Samples, batch_size: int = 128
+) -> Evaluation:
+    """Test a part with the batch-norm statistics of its level, or with those of each batch (None)."""
+    from flexfed.batchnorm import apply_statistics
+
+    model = task.network(arrays)
+    if statistics is not None:
+        apply_statistics(model, statistics)
+    return evaluate(model, samples, batch_size)

@@ -1,0 +1,179 @@
+"""Configuration as people write it: TOML tables, `key=value` overrides, and the flat keys inside."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+Scalar = str | int | float | bool
+
+# Flower's own pattern (`flwr run -c`), so that both commands read the same overrides.
+_PAIR = re.compile(r"(\S+?)=('[^']*'|\"[^\"]*\"|\S+)")
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    """Nested tables as one flat mapping with dotted keys.
+
+    Raises:
+        ValueError: a value is no text, number or true/false (Flower's configuration holds no lists).
+    """
+    flat: dict[str, Scalar] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, str | int | float):
+            flat[prefix + key] = value
+        else:
+            raise ValueError(
+                f"{prefix}{key} must be text, a number or true/false, got {value!r}; "
+                'write a list as one string, such as "0.25, 0.5"'
+            )
+    return flat
+
+
+def nest(flat: Mapping[str, Scalar]) -> dict[str, Any]:
+    """The inverse of `flatten`: dotted keys become tables, so that the result reads well as TOML.
+
+    Raises:
+        ValueError: one key is both a value and a table ("a" and "a.b").
+    """
+    tables: dict[str, Any] = {}
+    # Plain keys first: TOML wants a table's own values before its sub-tables.
+    for key in sorted(flat, key=lambda name: (name.count("."), name)):
+        *parents, name = key.split(".")
+        table = tables
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ValueError(
+                    f"configuration key {key!r} needs {parent!r} to be a table, but it has a value"
+                )
+        table[name] = flat[key]
+    return tables
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's content; errors name the file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def defaults(app_dir: Path) -> dict[str, Scalar]:
+    """Every knob of the app with its default: [tool.flwr.app.config] of its pyproject.toml, flat."""
+    project = read_toml(app_dir / "pyproject.toml")
+    return flatten(project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {}))
+
+
+def parse_overrides(
+    texts: Iterable[str], known: Mapping[str, Scalar], folder: Path | None = None
+) -> dict[str, Scalar]:
+    """What the `-c` options say, as flat keys; later ones win.
+
+    Reads what `flwr run -c` reads: `key=value` pairs with quoted strings, or the path of a TOML
+    file. Differences: files and pairs may be mixed, text that Flower would silently drop is an error, values
+    must have the kind (text, number, true/false) of the key's default, and relative paths are resolved.
+
+    Args:
+        texts: one entry per `-c`.
+        known: every key there is, with its default.
+        folder: relative paths in pairs start here (default: the current directory); those in a file start at
+            the file's own folder.
+
+    Raises:
+        ValueError: malformed text, unknown key (with near matches), or a value of the wrong kind.
+    """
+    here = folder or Path.cwd()
+    values: dict[str, Scalar] = {}
+    for text in texts:
+        if text.strip().endswith(".toml") and "=" not in text:
+            path = here / Path(text.strip()).expanduser()
+            values.update(resolve_paths(flatten(read_toml(path)), path.parent))
+        else:
+            values.update(resolve_paths(_parse_pairs(text), here))
+    check_known(values, known)
+    return values
+
+
+def _parse_pairs(text: str) -> dict[str, Scalar]:
+    """`a=1 b.c="x"` -> {"a": 1, "b.c": "x"}."""
+    rest = _PAIR.sub("", text).split()
+    if rest:
+        raise ValueError(
+            f"cannot read {' '.join(rest)!r} in the configuration {text!r}; expected key=value pairs without "
+            'spaces around "=", strings in quotes: -c "strategy=\'flexfl\' seed=2"'
+        )
+    lines = [f"{key} = {value}" for key, value in _PAIR.findall(text)]
+    for line in lines:
+        _check_line(line)
+    try:
+        return flatten(tomllib.loads("\n".join(lines)))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"cannot read the configuration {text!r}: {error}") from error
+
+
+def _check_line(line: str) -> None:
+    """Point at the one pair that is no TOML: nearly always a string without quotes."""
+    try:
+        tomllib.loads(line)
+    except tomllib.TOMLDecodeError as error:
+        key, _, value = line.partition(" = ")
+        raise ValueError(
+            f"cannot read {key}={value}; strings need quotes: -c \"{key}='{value.strip(chr(39) + chr(34))}'\""
+        ) from error
+
+
+def check_known(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> None:
+    """Refuse keys that do not exist, naming those that look alike, and values of the wrong kind."""
+    for key, value in values.items():
+        if key not in known:
+            near = near_matches(key, known)
+            hint = (
+                f"did you mean {', '.join(near)}?" if near else "see [tool.flwr.app.config] in pyproject.toml"
+            )
+            raise ValueError(f"unknown configuration key {key!r}; {hint}")
+        if _kind(value) != _kind(known[key]):
+            raise ValueError(
+                f"{key} must be {_kind(known[key])} (its default is {known[key]!r}), "
+                f"got {_kind(value)}: {value!r}"
+            )
+
+
+def near_matches(name: str, known: Iterable[str]) -> list[str]:
+    """At most three known names that look like this one, or end with it ("kd-weight": "flexfl.kd-weight")."""
+    names = list(known)
+    wanted = name.replace("_", "-").lower()
+    endings = [key for key in names if key.endswith("." + wanted)]
+    return list(dict.fromkeys(endings + get_close_matches(wanted, names, n=3)))[:3]
+
+
+def _kind(value: Scalar) -> str:
+    """What a person would call this value; whole and fractional numbers are one kind."""
+    if isinstance(value, bool):
+        return "true or false"
+    return "text" if isinstance(value, str) else "a number"
+
+
+def resolve_paths(values: Mapping[str, Scalar], folder: Path) -> dict[str, Scalar]:
+    """Values with relative paths made absolute, from `folder` on.
+
+    The server's working directory is not the user's, so a relative path would mean another place there.
+    Paths are: every "*-dir"; `fleet` and `weights` where they look like a file; any text that starts with
+    "./" or "../", such as `dataset="./photos"`.
+    """
+    return {key: _resolve(key, value, folder) for key, value in values.items()}
+
+
+def _resolve(key: str, value: Scalar, folder: Path) -> Scalar:
+    if not isinstance(value, str) or not value or value.startswith("~"):
+        return value
+    is_file = key in ("fleet", "weights") and ("/" in value or value.endswith((".toml", ".safetensors")))
+    is_path = is_file or key.endswith("-dir") or value in (".", "..") or value.startswith(("./", "../"))
+    return str((folder / value).resolve()) if is_path else value

@@ -1,0 +1,235 @@
+"""What a person sees of a run: one line per round, the table at its end, its curves, TensorBoard events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexfed.runs import Metrics, Run, quality_metrics, title_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# `accuracy-<name>` with these names is no level of the method.
+_NO_LEVELS = frozenset({"levels", "clients", "worst-tenth", "personal"})
+_SIZES = ("XS", "S", "M-", "M", "L-", "L", "XL")
+_NAMES = {
+    "accuracy": "full-size global model",
+    "accuracy-levels": "mean over the levels",
+    "accuracy-clients": "mean over the clients",
+    "accuracy-worst-tenth": "worst tenth of clients",
+    "accuracy-personal": "personal models",
+}
+_COSTS = {
+    "bytes-down": "sent to devices",
+    "bytes-up": "sent back",
+    "bytes-evaluation": "for evaluation",
+    "macs": "multiply-adds",
+    "modelled-seconds": "modelled time",
+    "joules": "modelled energy",
+    "wall-seconds": "measured time",
+    "refused": "refused replies",
+    "failed": "failed clients",
+}
+
+
+# --- numbers as people read them ----------------------------------------------------------------------------
+
+
+def percent(fraction: float | None) -> str:
+    """0.9125 -> "91.2 %"; a missing number is "-"."""
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def points(difference: float | None) -> str:
+    """A difference of two fractions in percentage points, with its sign: -0.021 -> "-2.1"."""
+    return "-" if difference is None else f"{100 * difference:+.1f}"
+
+
+def scaled(number: float | None, unit: str = "") -> str:
+    """Three digits and a prefix: 12345678, "B" -> "12.3 MB"."""
+    if number is None:
+        return "-"
+    value, prefixes = float(number), iter(("", "k", "M", "G", "T", "P"))
+    prefix = next(prefixes)
+    while abs(value) >= 999.5 and prefix != "P":
+        value, prefix = value / 1000, next(prefixes)
+    digits = 0 if abs(value) >= 99.95 or value == int(value) else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {prefix}{unit}".rstrip()
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them: "4.2 s", "12 min", "3.5 h"."""
+    if seconds is None:
+        return "-"
+    if seconds < 99.5:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def cost(key: str, value: float | None) -> str:
+    """One of the totals of a summary with its unit."""
+    if value is None:
+        return "-"
+    if key.endswith("seconds"):
+        return duration(value)
+    return scaled(value, "B" if key.startswith("bytes") else "J" if key == "joules" else "")
+
+
+def level_names(metrics: Iterable[str]) -> list[str]:
+    """The method's levels among metric names, smallest first: S, M, L, or letters with a as the largest."""
+    names = {name.removeprefix("accuracy-") for name in metrics if name.startswith("accuracy-")} - _NO_LEVELS
+    if names <= set(_SIZES):
+        return sorted(names, key=_SIZES.index)
+    return sorted(names, reverse=True)
+
+
+# --- lines and tables ---------------------------------------------------------------------------------------
+
+
+def round_line(metrics: Metrics, num_rounds: int, seconds: float, eta: float | None = None) -> str:
+    """The log line of a round: cohort, levels trained, accuracy, loss, worst clients, seconds, time left."""
+    number = f"{metrics['round']:>{len(str(num_rounds))}}/{num_rounds}"
+    levels = metrics.get("trained") or {}
+    order = level_names(f"accuracy-{name}" for name in levels)
+    words = [f"round {number}", f"cohort {len(metrics.get('cohort') or ()):>2}"]
+    words += [" ".join(f"{name}:{levels[name]}" for name in order)] if levels else []
+    words += [f"accuracy {percent(metrics.get('accuracy')):>6}", f"loss {_loss(metrics)}"]
+    if "accuracy-worst-tenth" in metrics:
+        words.append(f"worst tenth {percent(metrics['accuracy-worst-tenth']):>6}")
+    words += [f"{key} {len(metrics[key])}" for key in ("refused", "failed") if metrics.get(key)]
+    words.append(duration(seconds))
+    words += [f"{duration(eta)} left"] if eta is not None else []
+    return "  ".join(words)
+
+
+def _loss(metrics: Metrics) -> str:
+    """The evaluation's loss, else the clients' own training loss."""
+    value = metrics.get("loss", metrics.get("train-loss"))
+    return "-" if value is None else f"{value:.3f}"
+
+
+def final_table(
+    summary: Mapping[str, Any], rounds: Sequence[Metrics], other: Run | None = None, path: Path | None = None
+) -> str:
+    """The table at the end of a run, as plain text at most 100 columns wide.
+
+    Args:
+        summary: what `summarise` returned.
+        rounds: lines of metrics.jsonl; they say which accuracies there are.
+        other: a run that differs in the method only, to stand beside this one: `exclusive`, which leaves the
+            devices out that cannot hold the whole model.
+        path: the run folder, named in the last line (which may be longer).
+    """
+    from rich.console import Console
+
+    names = [name for name in quality_metrics(rounds) if name.startswith("accuracy")]
+    console = Console(width=100, record=False, color_system=None, force_terminal=False, file=_Sink())
+    with console.capture() as captured:
+        console.print(f"\n{title_of(summary)} · {summary['rounds']} rounds\n")
+        console.print(_accuracy_table(summary, _ordered(names), other), "")
+        console.print(_cost_table(summary, other), "")
+    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return text + (f"\nrun folder: {path}" if path else "")
+
+
+class _Sink:
+    """A file nobody reads: the console's output is captured, and must not depend on the terminal."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    """The full-size model first, then the levels from small to large, then means over devices."""
+    levels = [f"accuracy-{name}" for name in level_names(names)]
+    wanted = ["accuracy", *levels, *(name for name in _NAMES if name != "accuracy")]
+    return [name for name in wanted if name in names]
+
+
+def _new_table(first: str, columns: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(first, no_wrap=True, min_width=24)
+    lines = max(column.count("\n") for column in columns)
+    table.columns[0].header = "\n" * lines + first
+    for column in columns:
+        table.add_column("\n" * (lines - column.count("\n")) + column, justify="right", min_width=12)
+    return table
+
+
+def _accuracy_table(summary: Mapping[str, Any], names: Sequence[str], other: Run | None) -> Table:
+    columns = ["final", "mean of\nlast 10", "best"]
+    columns += [f"{_other_name(other)},\nlast 10", "difference,\npoints"] if other else []
+    table = _new_table("accuracy", columns)
+    for name in names:
+        cells = [percent(summary[part].get(name)) for part in ("final", "last10", "best")]
+        if other:
+            mine, theirs = summary["last10"].get(name), (other.summary or {})["last10"].get(name)
+            both = mine is not None and theirs is not None
+            cells += [percent(theirs), points(mine - theirs) if both else "-"]
+        table.add_row(_NAMES.get(name, f"level {name.removeprefix('accuracy-')}"), *cells)
+    return table
+
+
+def _other_name(other: Run) -> str:
+    strategy = str(other.config.get("strategy", "other"))
+    return "weak devices\nleft out" if strategy == "exclusive" else strategy
+
+
+def _cost_table(summary: Mapping[str, Any], other: Run | None) -> Table:
+    table = _new_table("cost", ["this run", *([_other_name(other)] if other else [])])
+    for key, name in _COSTS.items():
+        if key in summary:
+            cells = [cost(key, summary[key])]
+            cells += [cost(key, (other.summary or {}).get(key))] if other else []
+            table.add_row(name, *cells)
+    return table
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def curves_png(rounds: Sequence[Metrics], path: Path, title: str) -> None:
+    """Draw accuracy of every level over rounds and over bytes sent; `flexfed.curves` says how."""
+    from flexfed.curves import draw
+
+    draw(rounds, path, title)
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------
+
+
+class EventWriter:
+    """TensorBoard events of a run; does nothing where tensorboard is not installed."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._writer: Any = None
+        else:
+            self._writer = SummaryWriter(str(folder))
+
+    def add(self, metrics: Metrics) -> None:
+        """Write one round's numbers, under their names in metrics.jsonl."""
+        if self._writer is None:
+            return
+        for key, value in metrics.items():
+            if key != "round" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, metrics["round"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file; a second call does nothing."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,268 @@
+"""Run folders: what a run leaves on disk, how it is read back, and its summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexfed.overrides import Scalar, flatten, nest, read_toml
+
+Metrics = Mapping[str, Any]  # one round's line of metrics.jsonl
+
+# Summed over the rounds; everything else that is a number is a quality of the model at that round.
+TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "modelled-seconds", "joules")
+# metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
+CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "time", "timestamp"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read.
+
+    Attributes:
+        path: the folder.
+        config: the resolved configuration, flat dotted keys.
+        rounds: the lines of metrics.jsonl, in order.
+        timing: round -> measured seconds.
+        summary: summary.json; None while the run is unfinished.
+    """
+
+    path: Path
+    config: Mapping[str, Scalar]
+    rounds: Sequence[Metrics]
+    timing: Mapping[int, float]
+    summary: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run while the run writes to it.
+
+    Everything but the two appended .jsonl files is written beside its place, synced and renamed: a reader, or
+    a run killed at any moment, sees a whole file or none. summary.json comes last and means "finished".
+    """
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls,
+        runs_dir: str | Path,
+        strategy: str,
+        run_id: int | str,
+        config: Mapping[str, Scalar],
+        now: datetime | None = None,
+    ) -> RunFolder:
+        """Make `<runs-dir>/<YYYYmmdd-HHMMSS>-<strategy>-<run id>/` and write config.toml into it.
+
+        Args:
+            runs_dir: absolute, or starting with "~"; made when missing.
+            strategy: name of the method.
+            run_id: told apart from other runs of the same second by it.
+            config: the resolved configuration, flat dotted keys, seed included.
+            now: time in the name; default is the current local time.
+
+        Raises:
+            ValueError: `runs_dir` is relative.
+            FileExistsError: there is such a folder already.
+        """
+        import tomli_w
+
+        root = Path(runs_dir).expanduser()
+        if not root.is_absolute():
+            raise ValueError(
+                f"runs-dir must be absolute or start with ~, got {str(runs_dir)!r}: the server's working "
+                "directory is not yours (`flexfed run` resolves relative paths, `flwr run` cannot)"
+            )
+        text = tomli_w.dumps(nest(config))
+        folder = root / f"{now or datetime.now():%Y%m%d-%H%M%S}-{strategy}-{run_id}"
+        folder.mkdir(parents=True)
+        write_atomic(folder / "config.toml", text.encode())
+        return cls(folder)
+
+    def append_round(self, metrics: Metrics) -> None:
+        """Add one round's line to metrics.jsonl: sorted keys, NaN and infinity as null.
+
+        Raises:
+            ValueError: no round number, or a key that depends on the clock (`append_timing` is for those).
+        """
+        if not isinstance(metrics.get("round"), int):
+            raise ValueError(f"metrics need the number of their round, got round={metrics.get('round')!r}")
+        if clocks := CLOCK_KEYS & metrics.keys():
+            raise ValueError(
+                f"metrics.jsonl must not depend on the clock, got {sorted(clocks)}; use append_timing"
+            )
+        _append_line(self.path / "metrics.jsonl", metrics)
+
+    def append_timing(self, server_round: int, seconds: float) -> None:
+        """Add the measured seconds of one round to timing.jsonl."""
+        _append_line(self.path / "timing.jsonl", {"round": server_round, "seconds": round(seconds, 3)})
+
+    def finish(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write model.safetensors, curves.png and, last, summary.json; return the summary.
+
+        Args:
+            arrays: the final global model.
+            facts: what the rounds do not say: strategy, model, dataset, seed, parameters, ...; they win over
+                what is computed from the rounds. `wall-seconds` defaults to the sum of timing.jsonl.
+        """
+        from safetensors.numpy import save
+
+        from flexfed.report import curves_png
+
+        run = load_run(self.path)
+        summary = summarise(run.rounds, {"wall-seconds": round(sum(run.timing.values()), 3), **facts})
+        # order="C" and not ascontiguousarray, which gives scalars an axis.
+        dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        write_atomic(self.path / "model.safetensors", save(dense))
+        curves_png(run.rounds, self.path / "curves.png", title_of(summary))
+        write_atomic(self.path / "summary.json", (json.dumps(_plain(summary), indent=2) + "\n").encode())
+        return summary
+
+
+def title_of(summary: Mapping[str, Any]) -> str:
+    """What a run is, in one line: method, data set, network, seed."""
+    words = [str(summary[key]) for key in ("strategy", "dataset", "model") if key in summary]
+    return " · ".join(words + [f"seed {summary['seed']}"] * ("seed" in summary))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all: beside it, synced, renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _append_line(path: Path, record: Mapping[str, Any]) -> None:
+    line = json.dumps(_plain(record), sort_keys=True, allow_nan=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: numpy numbers unwrapped, tuples as lists, NaN and infinity as None."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        ValueError: not a run folder (no config.toml), or a file in it is damaged; the message names it.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "config.toml").is_file():
+        raise ValueError(f"{folder} is no run folder: it has no config.toml")
+    timing = _read_lines(folder / "timing.jsonl")
+    return Run(
+        path=folder,
+        config=flatten(read_toml(folder / "config.toml")),
+        rounds=_read_lines(folder / "metrics.jsonl"),
+        timing={line["round"]: line["seconds"] for line in timing},
+        summary=_read_summary(folder / "summary.json"),
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line without its end (a writer killed in it) is left out."""
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    return [_parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    return _parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None
+
+
+def _parse_json(text: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {text[:40]!r}")
+    return record
+
+
+def find_runs(runs_dir: str | Path) -> list[Path]:
+    """The run folders directly in a folder, oldest first (their names start with the time)."""
+    root = Path(runs_dir).expanduser()
+    return sorted(file.parent for file in root.glob("*/config.toml"))
+
+
+# --- summary ------------------------------------------------------------------------------------------------
+
+
+def summarise(rounds: Sequence[Metrics], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of summary.json.
+
+    `final`, `last10` and `best` map every quality metric to a number: its last value, its mean over the
+    last ten rounds, and its best (smallest for losses). A round without the metric does not count; a null (NaN) does:
+    it makes `final` and `last10` null, so that a run that diverged cannot show an earlier number.
+
+    Args:
+        rounds: lines of metrics.jsonl, in order.
+        facts: what the rounds do not say (strategy, seed, parameters, ...); they win.
+    """
+    summary: dict[str, Any] = {"rounds": len(rounds)}
+    summary["final"] = _per_metric(rounds, lambda name, values: values[-1])
+    summary["last10"] = _per_metric(rounds[-10:], lambda name, values: _mean(values))
+    summary["best"] = _per_metric(rounds, _best)
+    summary.update({key: sum(_numbers(rounds, key)) for key in TOTALS})
+    summary.update({key: sum(len(line.get(key) or ()) for line in rounds) for key in ("refused", "failed")})
+    return {**facts, **summary, **facts}  # facts stand first, and win
+
+
+def quality_metrics(rounds: Sequence[Metrics]) -> list[str]:
+    """Names of the metrics that describe the model (accuracies, losses), sorted."""
+    names = {key for line in rounds for key, value in line.items() if _is_quality(key, value)}
+    return sorted(names)
+
+
+def _is_quality(key: str, value: Any) -> bool:
+    is_number = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return is_number and key != "round" and key not in TOTALS
+
+
+def _per_metric(rounds: Sequence[Metrics], reduce: Any) -> dict[str, float | None]:
+    names = quality_metrics(rounds)
+    return {name: reduce(name, [line[name] for line in rounds if name in line]) for name in names}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
+
+
+def _best(name: str, values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return (min if "loss" in name else max)(numbers, default=None)
+
+
+def _numbers(rounds: Iterable[Metrics], key: str) -> list[float]:
+    return [line[key] for line in rounds if line.get(key) is not None]

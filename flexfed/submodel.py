@@ -1,0 +1,300 @@
+"""A part of a network as a set of units: extract it, build it narrow, cut it further, put it on the wire."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flexfed.units import Arrays, Factory, Layout, build_on_meta, travelling
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """Which units of a network are present, which tensors, and rarely which single entries.
+
+    Attributes:
+        units: bool, (num_units,).
+        keys: tensors present (depth, exits, blocks); None = all.
+        masks: tensor -> bool of its narrow shape, single entries kept (unstructured pruning only).
+    """
+
+    units: np.ndarray
+    keys: frozenset[str] | None = None
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.units.dtype != np.bool_ or self.units.ndim != 1:
+            raise ValueError(f"units must be a bool vector, got {self.units.dtype} of shape {self.units.shape}")
+        self.units.flags.writeable = False
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal unit sets and tensors: what replies are pooled by."""
+        names = "" if self.keys is None else "\n".join(sorted(self.keys)) + "\n"
+        return np.packbits(self.units).tobytes() + names.encode()
+
+    def holds(self, tensor: str) -> bool:
+        """Is the tensor present (as a whole or in part)?"""
+        return self.keys is None or tensor in self.keys
+
+
+def full(layout: Layout) -> Submodel:
+    """Everything."""
+    return Submodel(np.ones(layout.num_units, dtype=bool))
+
+
+def positions(layout: Layout, submodel: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
+    """For each axis of a tensor the positions that are kept, ascending; None = all of them."""
+    return tuple(_kept(units, submodel.units) for units in layout.axes[tensor])
+
+
+def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
+    if axis is None:
+        return None
+    kept = units[axis]
+    return None if kept.all() else np.flatnonzero(kept)
+
+
+def relative_positions(
+    layout: Layout, outer: Submodel, inner: Submodel, tensor: str
+) -> tuple[np.ndarray | None, ...]:
+    """Where `inner` stands inside the part that `outer` extracts; both in the full numbering."""
+    return tuple(
+        None if units is None else _kept(units[outer.units[units]], inner.units) for units in layout.axes[tensor]
+    )
+
+
+def narrow_shapes(layout: Layout, submodel: Submodel) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the part, in wire order."""
+    return {
+        name: tuple(
+            n if units is None else int(np.count_nonzero(submodel.units[units]))
+            for n, units in zip(shape, layout.axes[name], strict=True)
+        )
+        for name, shape in layout.shapes.items()
+        if submodel.holds(name)
+    }
+
+
+def take(array: np.ndarray, kept: tuple[np.ndarray | None, ...]) -> np.ndarray:
+    """The part of one tensor: a view where an axis is kept as one run, a copy where it is not."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            run = as_slice(index)
+            selector = (slice(None),) * axis
+            array = array[(*selector, run)] if run is not None else np.take(array, index, axis=axis)
+    return array
+
+
+def as_slice(index: np.ndarray) -> slice | None:
+    """The slice that equals an ascending index, or None where it has gaps."""
+    if len(index) and int(index[-1]) - int(index[0]) + 1 == len(index):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return None if len(index) else slice(0, 0)
+
+
+def extract(layout: Layout, submodel: Submodel, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The part of a network that a submodel names; each tensor keeps its number of axes.
+
+    Args:
+        layout: the network's numbering.
+        submodel: what to take.
+        arrays: the full network's tensors; those the layout does not know are left out.
+
+    Returns:
+        Tensor name -> narrow array, in wire order. May share memory with `arrays`.
+    """
+    part = {n: take(arrays[n], positions(layout, submodel, n)) for n in layout.shapes if submodel.holds(n)}
+    for name, mask in submodel.masks.items():
+        part[name] = np.where(mask, part[name], 0).astype(part[name].dtype)
+    return part
+
+
+def flatten(layout: Layout, submodel: Submodel, part: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All tensors of a part as one float32 vector in wire order."""
+    shapes = narrow_shapes(layout, submodel)
+    for name, shape in shapes.items():
+        if name not in part or part[name].shape != shape:
+            got = part[name].shape if name in part else "nothing"
+            raise ValueError(f"tensor {name!r} of the part should have shape {shape}, got {got}")
+    pieces = [np.asarray(part[name], dtype=np.float32).reshape(-1) for name in shapes]
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
+
+
+def unflatten(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
+    """The tensors of a part, as views into its flat vector.
+
+    Raises:
+        ValueError: the vector has not the length that the submodel asks for.
+    """
+    shapes = narrow_shapes(layout, submodel)
+    expected = sum(math.prod(shape) for shape in shapes.values())
+    if flat.shape != (expected,):
+        raise ValueError(f"a flat part of {expected} numbers is expected for this submodel, got shape {flat.shape}")
+    part: Arrays = {}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        part[name] = flat[start:stop].reshape(shape)
+        start = stop
+    return part
+
+
+def compose(outer: Submodel, inner: Submodel) -> Submodel:
+    """Cut a submodel further: `inner` counts the units (and tensors) of `outer` only.
+
+    `extract(compose(a, b))` equals taking `b` from what `a` extracted.
+
+    Args:
+        outer: what was received.
+        inner: bool over the kept units of `outer`; its `keys` must be among `outer`'s.
+    """
+    if outer.masks or inner.masks:
+        raise ValueError("submodels with masks of single entries cannot be composed; expected units and keys only")
+    kept = np.flatnonzero(outer.units)
+    if len(inner.units) != len(kept):
+        raise ValueError(f"inner submodel should speak of the {len(kept)} units of outer, got {len(inner.units)}")
+    units = np.zeros_like(outer.units)
+    units[kept[inner.units]] = True
+    if inner.keys is None:
+        return Submodel(units, outer.keys)
+    if outer.keys is not None and not inner.keys <= outer.keys:
+        raise ValueError(f"inner submodel names tensors outer lacks: {sorted(inner.keys - outer.keys)[:3]}")
+    return Submodel(units, inner.keys)
+
+
+def within(inner: Submodel, outer: Submodel) -> bool:
+    """Does `outer` hold everything that `inner` holds?"""
+    keys = outer.keys is None or (inner.keys is not None and inner.keys <= outer.keys)
+    return keys and not bool((inner.units & ~outer.units).any())
+
+
+def pack(submodel: Submodel) -> dict[str, bytes]:
+    """A submodel as bytes: one bit a unit, tensor names, one bit an entry of each mask."""
+    packed = {"units": np.packbits(submodel.units).tobytes()}
+    if submodel.keys is not None:
+        packed["keys"] = "\n".join(sorted(submodel.keys)).encode()
+    for name, mask in submodel.masks.items():
+        packed[f"mask:{name}"] = np.packbits(mask).tobytes()
+    return packed
+
+
+def unpack(layout: Layout, packed: Mapping[str, bytes]) -> Submodel:
+    """Undo `pack`, believing nothing.
+
+    Raises:
+        ValueError: bits of the wrong length, set bits behind the last unit, or names the layout does not have.
+    """
+    units = _bits(packed.get("units", b""), layout.num_units, "units")
+    keys = None
+    if "keys" in packed:
+        keys = frozenset(filter(None, packed["keys"].decode(errors="replace").split("\n")))
+        if not keys <= layout.shapes.keys():
+            raise ValueError(f"submodel names unknown tensors: {sorted(keys - layout.shapes.keys())[:3]}")
+    shapes = narrow_shapes(layout, Submodel(units, keys))
+    masks = {}
+    for field_name, value in packed.items():
+        if field_name.startswith("mask:"):
+            name = field_name.removeprefix("mask:")
+            if name not in shapes:
+                raise ValueError(f"submodel masks an unknown tensor: {name!r}")
+            masks[name] = _bits(value, math.prod(shapes[name]), field_name).reshape(shapes[name])
+    return Submodel(units, keys, masks)
+
+
+def _bits(packed: bytes, num: int, what: str) -> np.ndarray:
+    if len(packed) != -(-num // 8):
+        raise ValueError(f"{what} of a submodel should be {-(-num // 8)} bytes ({num} bits), got {len(packed)} bytes")
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8)).astype(bool)
+    if bits[num:].any():
+        raise ValueError(f"{what} of a submodel has bits set behind its last one ({num})")
+    return bits[:num]
+
+
+def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """Give a network on `meta` narrow tensors, and modules the channel counts that follow from them."""
+    for name, shape in shapes.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        tensor = torch.empty(shape, device="meta")
+        if leaf in module._parameters:
+            old = module._parameters[leaf]
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+        else:
+            module._buffers[leaf] = tensor
+    for module in model.modules():
+        _fit_counts(module)
+    return model
+
+
+def _fit_counts(module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd) and weight is not None:
+        first, second = weight.shape[:2]
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            first, second = second, first
+        if 1 < module.groups == module.in_channels:  # depthwise: one input channel to a filter
+            module.groups = first
+        module.out_channels, module.in_channels = first, second * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape  # type: ignore[union-attr]
+    elif isinstance(module, _BatchNorm):
+        if weight is not None:
+            module.num_features = weight.shape[0]
+        if module.running_mean is not None:
+            module.running_mean = torch.empty(module.num_features, device="meta")
+            module.running_var = torch.empty(module.num_features, device="meta")
+
+
+def _fill_statistics(norm: _BatchNorm) -> None:
+    if norm.running_mean is not None and norm.running_mean.is_meta:
+        norm.running_mean = torch.zeros(norm.num_features)
+        norm.running_var = torch.ones(norm.num_features)
+    if norm.num_batches_tracked is not None and norm.num_batches_tracked.is_meta:
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.long)
+
+
+def narrow(factory: Factory, arrays: Mapping[str, np.ndarray]) -> nn.Module:
+    """A physically smaller network, from the shapes of its tensors alone.
+
+    Built on `meta`, so that a weak device never holds the full one. Needs no layout. Batch norm starts with
+    fresh running statistics (where it keeps any), unless `arrays` holds them.
+
+    Args:
+        factory: builds the full network.
+        arrays: narrow tensors by state-dict name; copied.
+
+    Raises:
+        ValueError: a tensor the network does not have, one it has and `arrays` lacks, or a buffer that is not
+            part of the state dict (its values would be lost).
+    """
+    model = build_on_meta(factory)
+    known = model.state_dict().keys()
+    extra, missing = arrays.keys() - known, travelling(model).keys() - arrays.keys()
+    if extra or missing:
+        raise ValueError(
+            f"arrays do not fit the network {type(model).__name__}: unknown {sorted(extra)[:3]}, "
+            f"missing {sorted(missing)[:3]}; give one array for each tensor of the part"
+        )
+    resize(model, {name: array.shape for name, array in arrays.items() if array.ndim})
+    for name, array in arrays.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        tensor = torch.from_numpy(np.array(array, order="C"))
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, module._parameters[leaf].requires_grad)  # type: ignore[union-attr]
+        else:
+            module._buffers[leaf] = tensor
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _fill_statistics(module)
+    lost = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if lost:
+        raise ValueError(f"buffer {lost[0]!r} is not part of the state dict, so its values are lost when narrowing")
+    return model

@@ -1,0 +1,196 @@
+"""Suites: variants and seeds in one TOML file, the runs they ask for, and which of them are finished."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexfed.compare import PLACE_KEYS, Comparison, Row
+from flexfed.overrides import Scalar, check_known, flatten, near_matches, read_toml, resolve_paths
+from flexfed.runs import find_runs, load_run, write_atomic
+
+MARKER = "finished.json"
+_KEYS = {"name", "seeds", "baseline", "supernodes", "metrics", "base", "row"}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A comparison as its TOML file states it.
+
+    Attributes:
+        name: of the suite, and of its folder.
+        seeds: each row runs once per seed.
+        baseline: the row that the others are measured against; None = no differences.
+        supernodes: simulated clients.
+        metrics: columns; names as in summary.json.
+        rows: row -> its overrides, those of [base] included.
+        runs_dir: where the suite's folder goes.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    baseline: str | None
+    supernodes: int
+    metrics: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, Scalar]]
+    runs_dir: Path
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """One run of a suite: a row with a seed."""
+
+    row: str
+    seed: int
+    folder: Path  # its run folders, log and marker go here
+    overrides: Mapping[str, Scalar]
+    config: Mapping[str, Scalar]  # resolved: the app's defaults and the overrides
+    supernodes: int
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.row} seed {self.seed}"
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
+    """Read a suite.
+
+    Args:
+        path: the TOML file; relative paths in it start at its folder.
+        known: every configuration key with its default.
+
+    Raises:
+        ValueError: a key, row or seed is missing, doubled or unknown; the message names the file and the row.
+    """
+    table = read_toml(path)
+    for key in table.keys() - _KEYS:
+        hint = ", ".join(near_matches(key, _KEYS)) or ", ".join(sorted(_KEYS))
+        raise ValueError(f"{path.name}: unknown key {key!r}; did you mean {hint}?")
+    seeds = tuple(table.get("seeds", (1,)))
+    if not seeds or len(set(seeds)) != len(seeds) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path.name}: seeds must be distinct whole numbers, got {list(seeds)}")
+    base = resolve_paths(flatten(table.get("base", {})), path.parent)
+    rows = _read_rows(path, table.get("row", []), base, known)
+    baseline = table.get("baseline")
+    if baseline is not None and baseline not in rows:
+        raise ValueError(f"{path.name}: baseline {baseline!r} is no row; rows: {', '.join(rows)}")
+    return Suite(
+        name=str(table.get("name", path.stem)),
+        seeds=seeds,
+        baseline=baseline,
+        supernodes=int(table.get("supernodes", 20)),
+        metrics=tuple(table.get("metrics", ("accuracy", "accuracy-levels"))),
+        rows=rows,
+        runs_dir=Path(str(base.get("runs-dir", known.get("runs-dir", "~/.flexfed/runs")))).expanduser(),
+    )
+
+
+def _read_rows(
+    path: Path, entries: Sequence[Mapping[str, Any]], base: Mapping[str, Scalar], known: Mapping[str, Scalar]
+) -> dict[str, dict[str, Scalar]]:
+    rows: dict[str, dict[str, Scalar]] = {}
+    for entry in entries:
+        name = entry.get("name")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{path.name}: every [[row]] needs a name, got {dict(entry)}")
+        if _slug(name) in map(_slug, rows):
+            raise ValueError(f"{path.name}: two rows are called {name!r} or would share a folder")
+        own = flatten({key: value for key, value in entry.items() if key != "name"})
+        rows[name] = {**base, **resolve_paths(own, path.parent)}
+        _check_row(f"{path.name}, row {name!r}", rows[name], known)
+    if not rows:
+        raise ValueError(f"{path.name} has no [[row]]")
+    return rows
+
+
+def _check_row(where: str, overrides: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> None:
+    try:
+        check_known(overrides, known)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if "seed" in overrides:
+        raise ValueError(f"{where}: the seed comes from `seeds`, not from the row")
+
+
+def _slug(name: str) -> str:
+    """A row's name as a folder's."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip("-")
+
+
+def suite_runs(suite: Suite, known: Mapping[str, Scalar]) -> list[SuiteRun]:
+    """Every run of a suite, seed by seed, so that an early stop leaves whole rows of few seeds."""
+    return [_suite_run(suite, row, seed, known) for seed in suite.seeds for row in suite.rows]
+
+
+def _suite_run(suite: Suite, row: str, seed: int, known: Mapping[str, Scalar]) -> SuiteRun:
+    folder = suite.runs_dir / _slug(suite.name) / f"{_slug(row)}-seed{seed}"
+    overrides = {**suite.rows[row], "seed": seed, "runs-dir": str(folder)}
+    return SuiteRun(row, seed, folder, overrides, {**known, **overrides}, suite.supernodes)
+
+
+# --- what is there ------------------------------------------------------------------------------------------
+
+
+def finished_folder(run: SuiteRun) -> Path | None:
+    """The run folder of an earlier, finished run with the same configuration and as many clients."""
+    marker = run.folder / MARKER
+    if not marker.is_file():
+        return None
+    record = json.loads(marker.read_text(encoding="utf-8"))
+    folder: Path = run.folder / record["run"]
+    same = record["supernodes"] == run.supernodes and same_config(record["config"], run.config)
+    return folder if same and (folder / "summary.json").is_file() else None
+
+
+def same_config(recorded: Mapping[str, Scalar], expected: Mapping[str, Scalar]) -> bool:
+    """Whether two resolved configurations give the same run.
+
+    Places do not matter, and neither does a knob of another method that only one of them knows: adding a
+    method to the project must not throw away every earlier run.
+    """
+    own = f"{expected.get('strategy')}."
+    differing = {key for key in recorded.keys() | expected.keys() if recorded.get(key) != expected.get(key)}
+    return all(key in PLACE_KEYS or _is_foreign(key, own, recorded, expected) for key in differing)
+
+
+def _is_foreign(key: str, own: str, recorded: Mapping[str, Scalar], expected: Mapping[str, Scalar]) -> bool:
+    one_sided = (key in recorded) != (key in expected)
+    return one_sided and "." in key and not key.startswith(own)
+
+
+def mark_finished(run: SuiteRun) -> None:
+    """Note which run folder belongs to this configuration.
+
+    Raises:
+        ValueError: the child ended well but left no finished run.
+    """
+    done = [path for path in find_runs(run.folder) if (path / "summary.json").is_file()]
+    if not done:
+        raise ValueError(f"no finished run in {run.folder}")
+    record = {"config": dict(run.config), "supernodes": run.supernodes, "run": done[-1].name}
+    write_atomic(run.folder / MARKER, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+
+
+def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
+    """The suite's tables from the runs that are finished."""
+    found: dict[str, dict[int, Any]] = {row: {} for row in suite.rows}
+    missing = 0
+    for run in runs:
+        folder = finished_folder(run)
+        if folder is None:
+            missing += 1
+        else:
+            found[run.row][run.seed] = load_run(folder)
+    notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
+    notes += [f"{missing} runs of the suite are missing."] if missing else []
+    return Comparison(
+        suite.name, [Row(*item) for item in found.items()], suite.baseline, suite.metrics, notes
+    )

@@ -1,0 +1,123 @@
+"""A comparison as tables: for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flexfed.compare import Comparison, Row, mean_and_deviation, paired_differences
+from flexfed.report import cost
+
+COSTS = {
+    "bytes-down": "sent to devices",
+    "bytes-up": "sent back",
+    "macs": "multiply-adds",
+    "modelled-seconds": "modelled time",
+}
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text with the sentence that explains it; the first column is the row's name."""
+
+    caption: str
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+
+
+def tables(comparison: Comparison) -> list[TextTable]:
+    """Accuracies, differences to the baseline, and costs."""
+    found = [_accuracy_table(comparison)]
+    if comparison.baseline is not None and len(comparison.rows) > 1:
+        found.append(_difference_table(comparison))
+    return [*found, _cost_table(comparison)]
+
+
+def _accuracy_table(comparison: Comparison) -> TextTable:
+    body = [
+        [row.name, str(len(row.runs)), *(_spread_cell(row, metric) for metric in comparison.metrics)]
+        for row in comparison.rows
+    ]
+    caption = (
+        "Mean of the last ten rounds: mean over seeds ± standard deviation (n - 1); in brackets the last "
+        "round. Accuracies in percent."
+    )
+    return TextTable(caption, ["method", "seeds", *comparison.metrics], body)
+
+
+def _spread_cell(row: Row, metric: str) -> str:
+    mean, deviation = mean_and_deviation(row.values("last10", metric).values())
+    final, _ = mean_and_deviation(row.values("final", metric).values())
+    if mean is None:
+        return "-"
+    spread = "" if deviation is None else f" ± {_number(metric, deviation)}"
+    return f"{_number(metric, mean)}{spread} ({_number(metric, final)})"
+
+
+def _number(metric: str, value: float | None, sign: str = "") -> str:
+    """Accuracies in percent with one digit, other metrics with three."""
+    if value is None:
+        return "-"
+    return f"{100 * value:{sign}.1f}" if metric.startswith("accuracy") else f"{value:{sign}.3f}"
+
+
+def _difference_table(comparison: Comparison) -> TextTable:
+    (baseline,) = (row for row in comparison.rows if row.name == comparison.baseline)
+    others = [row for row in comparison.rows if row is not baseline]
+    body = [[row.name, *(_difference_cell(row, baseline, m) for m in comparison.metrics)] for row in others]
+    caption = (
+        f"Difference to {baseline.name}, paired by seed: mean ± standard deviation (n - 1); in brackets the "
+        "sign for each seed. Accuracies in percentage points."
+    )
+    return TextTable(caption, ["method", *comparison.metrics], body)
+
+
+def _difference_cell(row: Row, baseline: Row, metric: str) -> str:
+    differences = paired_differences(row, baseline, metric)
+    mean, deviation = mean_and_deviation(differences.values())
+    if mean is None:
+        return "-"
+    spread = "" if deviation is None else f" ± {_number(metric, deviation)}"
+    signs = "".join("+" if value > 0 else "-" if value < 0 else "0" for value in differences.values())
+    return f"{_number(metric, mean, '+')}{spread} ({signs})"
+
+
+def _cost_table(comparison: Comparison) -> TextTable:
+    body = [[row.name, *(cost(key, row.mean_total(key)) for key in COSTS)] for row in comparison.rows]
+    return TextTable("Cost of a run, mean over seeds.", ["method", *COSTS.values()], body)
+
+
+def to_text(comparison: Comparison, width: int = 120) -> str:
+    """The tables for a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        for table in tables(comparison):
+            drawn = Table(*table.head, box=box.SIMPLE_HEAD, pad_edge=False, title=None)
+            for column in drawn.columns[1:]:
+                column.justify = "right"
+            for cells in table.body:
+                drawn.add_row(*cells)
+            console.print(table.caption, drawn, markup=False)
+    notes = [f"Note: {note}" for note in comparison.notes]
+    return "\n".join([line.rstrip() for line in captured.get().splitlines()] + notes)
+
+
+def to_markdown(comparison: Comparison, command: str) -> str:
+    """The same tables as Markdown, under the command that made them (give it without machine paths)."""
+    parts = [f"# {comparison.title}", f"```\n{command}\n```"]
+    for table in tables(comparison):
+        rule = ["---", *("---:" for _ in table.head[1:])]
+        lines = [table.head, rule, *table.body]
+        parts += [
+            table.caption,
+            "\n".join("| " + " | ".join(_escape(c) for c in line) + " |" for line in lines),
+        ]
+    return "\n\n".join([*parts, *comparison.notes]) + "\n"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")

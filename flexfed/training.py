@@ -1,0 +1,190 @@
+"""Train and evaluate a network on samples in memory; what a device does with the part it received."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+class Samples(NamedTuple):
+    """Inputs, float32 (n, ...), and labels, int64 (n,)."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a device trains; the shared knobs of every method.
+
+    Attributes:
+        learning_rate: of round 1; multiplied by `learning_rate_decay` after every round.
+        clip_norm: gradients are scaled down to this norm; 0 = they are not.
+        drop_last: leave out a last batch that is not full, where another remains.
+    """
+
+    learning_rate: float = 0.1
+    learning_rate_decay: float = 0.998
+    momentum: float = 0.5
+    weight_decay: float = 1e-4
+    optimizer: str = "sgd"
+    local_epochs: int = 2
+    batch_size: int = 16
+    clip_norm: float = 0.0
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        for key, low in (("learning_rate", 0.0), ("learning_rate_decay", 0.0)):
+            if not (math.isfinite(getattr(self, key)) and getattr(self, key) > low):
+                raise ValueError(f"{key.replace('_', '-')} must be > 0, got {getattr(self, key)}")
+        for key in ("momentum", "weight_decay", "clip_norm"):
+            if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
+                raise ValueError(f"{key.replace('_', '-')} must be >= 0, got {getattr(self, key)}")
+        for key, least in (("local_epochs", 1), ("batch_size", 2)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key.replace('_', '-')} must be at least {least}, got {getattr(self, key)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+
+    def rate_at(self, server_round: int) -> float:
+        """Learning rate of a round, counted from 1."""
+        return float(self.learning_rate * self.learning_rate_decay ** (server_round - 1))
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Mean loss over the samples seen in the last epoch, and how many samples were trained on in all."""
+
+    loss: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over samples, so that evaluations add up."""
+
+    correct: int
+    loss_sum: float
+    num_samples: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of samples whose highest logit is their label."""
+        return self.correct / self.num_samples if self.num_samples else math.nan
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.loss_sum / self.num_samples if self.num_samples else math.nan
+
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(network, inputs, labels) -> scalar loss of one batch."""
+
+
+def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Plain cross-entropy of one batch."""
+    return functional.cross_entropy(model(inputs), labels)
+
+
+def use_batch_statistics(model: nn.Module) -> nn.Module:
+    """Batch norm without running statistics, in training and in evaluation; in place."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model
+
+
+def fit(
+    model: nn.Module,
+    samples: Samples,
+    training: Training,
+    learning_rate: float,
+    rng: np.random.Generator,
+    loss: Loss = cross_entropy,
+) -> FitResult:
+    """Train a network in place, with a fresh optimiser.
+
+    Args:
+        model: trained in place; put in train mode.
+        samples: at least two.
+        training: epochs, batch, optimiser.
+        learning_rate: of this round.
+        rng: draws the order of samples.
+        loss: of one batch.
+
+    Raises:
+        ValueError: fewer than two samples (batch norm has no statistics then).
+    """
+    if len(samples.labels) < 2:
+        raise ValueError(f"training needs at least 2 samples, got {len(samples.labels)}")
+    model.train()
+    optimizer = _optimizer(model, training, learning_rate)
+    seen = 0
+    for _ in range(training.local_epochs):
+        loss_sum = 0.0
+        in_epoch = 0
+        for batch in batches(samples, training.batch_size, rng, training.drop_last):
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(model, batch.inputs, batch.labels)
+            value.backward()  # type: ignore[no-untyped-call]
+            if training.clip_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+            optimizer.step()
+            loss_sum += float(value.detach()) * len(batch.labels)
+            in_epoch += len(batch.labels)
+        seen += in_epoch
+    return FitResult(loss_sum / in_epoch, seen)
+
+
+def _optimizer(model: nn.Module, training: Training, learning_rate: float) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if training.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+
+
+def batches(
+    samples: Samples, size: int, rng: np.random.Generator | None = None, drop_last: bool = False
+) -> Iterator[Samples]:
+    """Batches of `size`, in order or shuffled.
+
+    A last batch of one sample is left out where another batch remains: batch norm has no variance there.
+    """
+    num = len(samples.labels)
+    order = torch.from_numpy(np.arange(num) if rng is None else rng.permutation(num))
+    for start in range(0, num, size):
+        index = order[start : start + size]
+        short = len(index) < size
+        if start and ((short and drop_last) or (rng is not None and len(index) == 1)):
+            return
+        yield Samples(samples.inputs[index], samples.labels[index])
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, samples: Samples, batch_size: int = 128) -> Evaluation:
+    """Test a network in eval mode, in the order given; the mode it was in is restored."""
+    training = model.training
+    model.eval()
+    correct = num = 0
+    loss_sum = 0.0
+    for batch in batches(samples, batch_size):
+        logits = model(batch.inputs)
+        correct += int((logits.argmax(1) == batch.labels).sum())
+        loss_sum += float(functional.cross_entropy(logits, batch.labels, reduction="sum"))
+        num += len(batch.labels)
+    model.train(training)
+    return Evaluation(correct, loss_sum, num)

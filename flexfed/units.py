@@ -1,0 +1,290 @@
+"""The numbering of a network's units (channels, neurons): which of them tie together, and where each stands.
+
+Everything else in flexfed rests on this one object. A submodel is a set of unit numbers; extracting it is
+indexing, averaging it is indexed adding, its cost is counting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Arrays = dict[str, np.ndarray]
+"""A state dict as numpy arrays."""
+
+Factory = Callable[[], nn.Module]
+"""Builds the full network; must work on the `meta` device."""
+
+_WAY_OUT = "; replace that module, or give the network a hand-written Layout as its attribute `layout`"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every unit of a network stands.
+
+    Running statistics of batch norm are no part of it: they never travel, whoever evaluates computes them
+    (`flexfed.batchnorm`).
+
+    Attributes:
+        groups: group name -> its unit numbers. Units of one group are tied channels: residual sums, depthwise
+            convolutions and norms share them. A group is called after its first module.
+        axes: tensor name -> for each axis the unit number of every position, or None where positions are no
+            units (kernel axes, image channels). One unit may own many positions (flatten) and an axis may hold
+            several groups (concatenation).
+        shapes: tensor name -> full shape, in state-dict order: the order on the wire.
+        fixed: groups that every dispatched submodel keeps whole: the network's outputs.
+    """
+
+    groups: Mapping[str, range]
+    axes: Mapping[str, tuple[np.ndarray | None, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    fixed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        spans = list(self.groups.values())
+        if any(a.stop != b.start for a, b in pairwise(spans)) or (spans and spans[0].start != 0):
+            raise ValueError(f"groups must number their units 0, 1, 2, ... without gaps, got {dict(self.groups)}")
+        for name, shape in self.shapes.items():
+            axes = self.axes.get(name, ())
+            if len(axes) != len(shape) or any(
+                a is not None and len(a) != n for a, n in zip(axes, shape, strict=True)
+            ):
+                raise ValueError(f"axes of {name!r} do not fit its shape {shape}")
+
+    @property
+    def num_units(self) -> int:
+        """Number of units in all groups."""
+        return sum(len(span) for span in self.groups.values())
+
+    @property
+    def fixed_units(self) -> np.ndarray:
+        """Bool, (num_units,): True for the units of fixed groups."""
+        units = np.zeros(self.num_units, dtype=bool)
+        for group in self.fixed:
+            units[self.groups[group].start : self.groups[group].stop] = True
+        return units
+
+    def groups_of(self, tensor: str, axis: int = 0) -> tuple[str, ...]:
+        """The groups that an axis of a tensor belongs to, none where its positions are no units.
+
+        Raises:
+            ValueError: unknown tensor.
+        """
+        if tensor not in self.axes:
+            raise ValueError(f"no tensor {tensor!r} in this layout; it has {', '.join(list(self.axes)[:5])}, ...")
+        units = self.axes[tensor][axis] if len(self.axes[tensor]) > axis else None
+        if units is None:
+            return ()
+        present = np.zeros(self.num_units, dtype=bool)
+        present[units] = True
+        return tuple(g for g, span in self.groups.items() if present[span.start : span.stop].any())
+
+    def group_of(self, tensor: str, axis: int = 0) -> str:
+        """The one group that an axis of a tensor belongs to ('' where its positions are no units).
+
+        Raises:
+            ValueError: unknown tensor, or an axis that holds several groups (a norm behind a concatenation).
+        """
+        found = self.groups_of(tensor, axis)
+        if len(found) > 1:
+            raise ValueError(f"axis {axis} of {tensor!r} holds several groups: {', '.join(found)}")
+        return found[0] if found else ""
+
+
+def trace_layout(factory: Factory, example_shape: tuple[int, ...]) -> Layout:
+    """Number the units of any network that Torch-Pruning's dependency graph can trace.
+
+    Runs on the `meta` device: nothing is allocated, so a weak device can do it too. A network that carries a
+    hand-written one as its attribute `layout` is not traced.
+
+    Args:
+        factory: builds the network.
+        example_shape: one input without the batch axis.
+
+    Raises:
+        ValueError: names the module that cannot be cut (grouped convolution, layer norm, group norm, shared
+            parameters, shapes written into the code), and the way out.
+    """
+    model = build_on_meta(factory).train(False)
+    by_hand = getattr(model, "layout", None)
+    if isinstance(by_hand, Layout):
+        return by_hand
+    _refuse_uncuttable(model)
+    tensors = {name: tuple(t.shape) for name, t in travelling(model).items()}
+    groups, axes, fixed = _numbered(model, tensors, example_shape)
+    layout = Layout(groups, {n: tuple(a) for n, a in axes.items()}, tensors, fixed)
+    _check_narrow(factory, layout, example_shape)
+    return layout
+
+
+def build_on_meta(factory: Factory) -> nn.Module:
+    """The network without memory; one that reads values while it is built is built for real and then emptied."""
+    try:
+        with torch.device("meta"):
+            return factory()
+    except NotImplementedError:
+        return factory().to("meta")
+
+
+def travelling(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of a network that are trained and sent: all but batch norm's statistics."""
+    local = {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in ("running_mean", "running_var")
+    }
+    return {n: t for n, t in model.state_dict().items() if n not in local and t.is_floating_point()}
+
+
+def _refuse_uncuttable(model: nn.Module) -> None:
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            raise ValueError(f"{name!r} and {names[id(parameter)]!r} are one shared parameter; untie them{_WAY_OUT}")
+        names[id(parameter)] = name
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            raise ValueError(
+                f"module {name!r} ({kind}) cannot be cut: its result depends on which units are present; "
+                f"use batch norm{_WAY_OUT}"
+            )
+        groups = getattr(module, "groups", 1)
+        if isinstance(module, nn.modules.conv._ConvNd) and groups > 1 and not _is_depthwise(module):
+            raise ValueError(f"module {name!r} ({kind} with groups={groups}) cannot be traced{_WAY_OUT}")
+
+
+def _is_depthwise(conv: nn.modules.conv._ConvNd) -> bool:
+    return bool(conv.groups == conv.in_channels == conv.out_channels)
+
+
+def _numbered(
+    model: nn.Module, tensors: Mapping[str, tuple[int, ...]], example_shape: tuple[int, ...]
+) -> tuple[dict[str, range], dict[str, list[np.ndarray | None]], frozenset[str]]:
+    """Walk the traced groups in state-dict order and give their channels consecutive numbers."""
+    traced = _traced_groups(model, tensors, torch.zeros(2, *example_shape, device="meta"))
+    position = {name: i for i, name in enumerate(tensors)}
+    traced.sort(key=lambda group: min(position[name] for name, axis, _, _ in group if axis == _out_axis(model, name)))
+    axes: dict[str, list[np.ndarray | None]] = {name: [None] * len(shape) for name, shape in tensors.items()}
+    groups: dict[str, range] = {}
+    fixed: set[str] = set()
+    start = 0
+    for group in traced:
+        outputs = [name for name, axis, _, _ in group if axis == _out_axis(model, name)]
+        title = min(outputs, key=position.__getitem__).rpartition(".")[0]
+        stop = start + 1 + max(int(roots.max()) for _, _, _, roots in group)
+        groups[title] = range(start, stop)
+        if all(axis == _out_axis(model, name) for name, axis, _, _ in group):
+            fixed.add(title)  # units that feed no layer are the network's outputs
+        for name, axis, places, roots in group:
+            if axes[name][axis] is None:
+                axes[name][axis] = np.full(tensors[name][axis], -1, dtype=np.int64)
+            axes[name][axis][places] = start + roots  # type: ignore[index]
+        start = stop
+    _refuse_untraced(axes)
+    return groups, axes, frozenset(fixed)
+
+
+def _refuse_untraced(axes: Mapping[str, list[np.ndarray | None]]) -> None:
+    for name, units in axes.items():
+        if any(u is not None and (u < 0).any() for u in units) or (units and units[0] is None):
+            module = name.rpartition(".")[0]
+            raise ValueError(f"module {module!r} cannot be traced: positions of {name!r} belong to no group{_WAY_OUT}")
+
+
+_Entry = tuple[str, int, np.ndarray, np.ndarray]  # tensor, axis, positions, unit of each within its group
+
+
+def _traced_groups(
+    model: nn.Module, tensors: Mapping[str, tuple[int, ...]], example: torch.Tensor
+) -> list[list[_Entry]]:
+    names = {id(module): name for name, module in model.named_modules()}
+    try:
+        graph, found = _dependency_groups(model, example)
+    except Exception as error:  # the tracer fails in many ways; all of them end here, with the module's name
+        where = _smallest_untraceable(model, example)
+        raise ValueError(f"module {where!r} cannot be traced ({type(error).__name__}: {error}){_WAY_OUT}") from error
+    traced = [list(_entries(graph, group, names, tensors)) for group in found]
+    return [group for group in traced if group]
+
+
+def _dependency_groups(model: nn.Module, example: torch.Tensor) -> tuple[Any, list[Any]]:
+    import torch_pruning as tp
+
+    graph = tp.DependencyGraph().build_dependency(model, example)
+    return graph, list(graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
+
+
+def _smallest_untraceable(model: nn.Module, example: torch.Tensor) -> str:
+    """The innermost module that cannot be traced by itself either; '' when only the whole cannot."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: inputs.update({name: args[0].detach()})
+
+    handles = [m.register_forward_pre_hook(remember(name)) for name, m in model.named_modules() if name]
+    with contextlib.suppress(Exception):
+        model(example)
+    for handle in handles:
+        handle.remove()
+    for name in sorted(inputs, key=lambda name: -name.count(".")):
+        module = model.get_submodule(name)
+        if list(module.children()):
+            try:
+                _dependency_groups(module, inputs[name])
+            except Exception:  # this is the question asked
+                return name
+    return type(model).__name__
+
+
+def _entries(
+    graph: Any, group: Any, names: Mapping[int, str], tensors: Mapping[str, tuple[int, ...]]
+) -> Iterator[_Entry]:
+    """(tensor, axis, positions, units) of every tensor that a group's channels touch."""
+    for item in group:
+        module = item.dep.target.module
+        if id(module) not in names or not list(module.parameters(recurse=False)):
+            continue  # operations without parameters: sums, activations, flatten
+        name = names[id(module)]
+        places, roots = np.asarray(item.idxs), np.asarray(item.root_idxs)
+        outgoing = graph.is_out_channel_pruning_fn(item.dep.handler) or not isinstance(
+            module, nn.modules.conv._ConvNd | nn.Linear
+        )
+        if isinstance(module, nn.modules.conv._ConvNd) and _is_depthwise(module):
+            outgoing = True
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        for parameter in ("weight", "bias") if outgoing else ("weight",):
+            tensor = f"{name}.{parameter}" if name else parameter
+            if tensor in tensors:
+                axis = int(outgoing == transposed) if parameter == "weight" else 0
+                yield tensor, axis, places, roots
+
+
+def _out_axis(model: nn.Module, tensor: str) -> int:
+    module = model.get_submodule(tensor.rpartition(".")[0])
+    return int(isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.endswith("weight"))
+
+
+def _check_narrow(factory: Factory, layout: Layout, example_shape: tuple[int, ...]) -> None:
+    """Run a half-width network on `meta`: a channel that the trace missed shows as a shape error there."""
+    from flexfed.select import prefix_ratio
+    from flexfed.submodel import narrow_shapes, resize
+
+    model = resize(build_on_meta(factory), narrow_shapes(layout, prefix_ratio(layout, 0.5)))
+    running: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))  # type: ignore[misc]
+    try:
+        model(torch.zeros(2, *example_shape, device="meta"))
+    except Exception as error:
+        last = running[-1] if running else ""
+        raise ValueError(f"module {last!r} cannot be cut: at half width it fails with '{error}'{_WAY_OUT}") from error

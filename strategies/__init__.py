@@ -1,0 +1,18 @@
+"""One Flower Strategy a method; STRATEGIES names them as the configuration does."""
+
+from __future__ import annotations
+
+from strategies.base import SubmodelStrategy
+from strategies.fedavg import Exclusive, FedAvg, Small
+from strategies.fedrolex import FedRolex
+from strategies.flexfl import FlexFL
+from strategies.heterofl import HeteroFL
+
+STRATEGIES: dict[str, type[SubmodelStrategy]] = {
+    "exclusive": Exclusive,
+    "fedavg": FedAvg,
+    "fedrolex": FedRolex,
+    "flexfl": FlexFL,
+    "heterofl": HeteroFL,
+    "small": Small,
+}

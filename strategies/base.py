@@ -1,0 +1,282 @@
+"""The federated round that all methods share; the only place that drives one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from flexfed.averaging import Averager
+from flexfed.batchnorm import Statistics, collect_sums, statistics
+from flexfed.config import Experiment
+from flexfed.cost import shares
+from flexfed.devices import Device
+from flexfed.data import ServerData
+from flexfed.flower.federation import Federation
+from flexfed.flower.messages import (
+    from_record_of_arrays,
+    job_content,
+    num_bytes,
+    read_update,
+    statistics_content,
+    to_array,
+    to_record_of_arrays,
+)
+from flexfed.jobs import Assignment, Scalar, Task, Update, evaluate_part
+from flexfed.submodel import Submodel, extract, flatten, full, within
+from flexfed.training import Evaluation, batches
+from flexfed.units import Arrays
+from strategies.record import RoundRecord
+
+log = logging.getLogger("flwr")
+STATISTICS_BATCH = 128
+
+
+class SubmodelStrategy(Strategy):
+    """One method's server. A method overrides `levels` and `assign`, rarely the rest.
+
+    Flower's own `start` drives the rounds. Give it a `StreamingGrid`: replies are then folded one at a time as
+    they arrive. A plain grid works too.
+
+    Args:
+        experiment: the run's configuration.
+        task: the network and how it is trained.
+        server: the proxy and test splits, normalised.
+        transform: values every job carries so that clients normalise as the server does.
+        on_round: called with the finished line of every round.
+    """
+
+    per: Literal["coverage", "total"] = "coverage"
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        task: Task,
+        server: ServerData,
+        transform: Mapping[str, Scalar] | None = None,
+        on_round: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.experiment = experiment
+        self.settings = experiment.settings
+        self.task = task
+        self.server = server
+        self.transform = dict(transform or {})
+        self.on_round = on_round
+        self.federation = Federation(task)
+        self.record = RoundRecord(0)
+        self.asked = self.accepted = 0  # jobs and valid replies of the whole run
+        self._assigned: Mapping[int, Assignment] = {}
+
+    # What a method says -------------------------------------------------------------------------------------
+
+    def levels(self) -> dict[str, Submodel]:
+        """The submodels that are evaluated, by name; the last one is what `accuracy` reports."""
+        return {"full": full(self.task.layout)}
+
+    def headline(self) -> tuple[str, ...]:
+        """The levels whose mean is `accuracy-levels`."""
+        return tuple(self.levels())
+
+    def prepare(self) -> None:
+        """Before round 1, once every device is known: pre-training, exploration."""
+
+    def assign(
+        self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
+    ) -> Mapping[int, Assignment]:
+        """Who trains what: all devices in, the cohort out. Here a uniform cohort, each with `part_of`'s answer."""
+        cohort = sorted(rng.permutation(sorted(devices))[: self.cohort_size(len(devices))].tolist())
+        return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
+
+    def part_of(self, device: Device, server_round: int) -> Assignment:
+        """What a device of the cohort trains."""
+        return Assignment(full(self.task.layout), "full")
+
+    def weigh(self, update: Update) -> float:
+        """A reply's weight in the mean: its number of examples."""
+        return update.weight
+
+    def level_trained(self, assignment: Assignment, update: Update) -> str:
+        """Name of the level that a reply holds; here what was sent."""
+        return assignment.level
+
+    def level_for_evaluation(self, device: Device) -> str | None:
+        """The evaluated level that a device tests: the largest it can hold nominally; None if it holds none."""
+        sizes = shares(self.task.layout, self.levels())
+        fitting = [name for name, size in sizes.items() if size <= device.capacity + 1e-9]
+        return max(fitting, key=sizes.__getitem__) if fitting else None
+
+    def observe(self, server_round: int, partition: int, update: Update) -> None:
+        """Learn from an accepted reply (bandits, votes, masks)."""
+
+    def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
+        """The server's own step after the mean."""
+        return averaged
+
+    def level_statistics(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics | None]:
+        """Batch-norm statistics of every evaluated level; None = those of the test batch."""
+        if self.settings.batch_norm == "batch":
+            return dict.fromkeys(self.levels())
+        return {name: self._proxy_statistics(level, arrays) for name, level in self.levels().items()}
+
+    # The round ------------------------------------------------------------------------------------------------
+
+    def cohort_size(self, num_devices: int) -> int:
+        """Devices a round: the fraction rounded down, at least one."""
+        return max(1, int(self.settings.fraction_train * num_devices + 1e-9))
+
+    def summary(self) -> None:
+        """Log what is about to run."""
+        log.info("%s: %s units in %s groups", type(self).__name__, self.task.layout.num_units, len(self.task.layout.groups))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """Assign parts now; extract each distinct one once and make the messages one by one, as they are sent."""
+        self._arrays = from_record_of_arrays(arrays)
+        self.record = RoundRecord(server_round)
+        if not self.federation.devices:
+            self.federation.meet(grid, self.settings.round_timeout)
+            self.prepare()
+        rng = np.random.default_rng([self.settings.seed, server_round])
+        self._assigned = dict(sorted(self.assign(server_round, self.federation.devices, rng).items()))
+        self.asked += len(self._assigned)
+        self.record.dispatched = {p: a.level for p, a in self._assigned.items()}
+        return self._jobs(server_round)
+
+    def _jobs(self, server_round: int) -> Iterator[Message]:
+        parts: dict[bytes, Array] = {}
+        for partition, assignment in self._assigned.items():
+            part = self._part(parts, assignment.submodel)
+            seed = self.seed_of(server_round, partition)
+            content = job_content(part, assignment, seed, server_round, self.transform)
+            message = self.federation.message(partition, content, "train", server_round)
+            self.record.bytes_down[partition] = num_bytes(message)
+            yield message
+
+    def seed_of(self, server_round: int, partition: int) -> int:
+        """The seed of one client and round."""
+        return int(np.random.SeedSequence([self.settings.seed, server_round, partition]).generate_state(1)[0])
+
+    def _part(self, parts: dict[bytes, Array], submodel: Submodel) -> Array:
+        key = submodel.key
+        if key not in parts:
+            layout = self.task.layout
+            parts[key] = to_array(flatten(layout, submodel, extract(layout, submodel, self._arrays)))
+        return parts[key]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold replies one at a time; those that fail or do not validate count as never sampled."""
+        averager = Averager(self.task.layout, self._arrays, self.per)
+        for reply in replies:
+            partition = self.federation.partition_of(reply)
+            if reply.has_error():
+                self._note(self.record.failed, partition, reply.error.reason or f"error code {reply.error.code}")
+            else:
+                try:
+                    self._fold(averager, server_round, partition, reply)
+                except ValueError as cause:
+                    self._note(self.record.refused, partition, str(cause))
+            del reply
+        if not averager.num_replies:
+            log.warning("round %s: no valid reply; the model stays as it was", server_round)
+            return None, None
+        self.accepted += averager.num_replies
+        self._arrays = self.finish(self._arrays, averager.result())
+        return to_record_of_arrays(self._arrays), None
+
+    def _fold(self, averager: Averager, server_round: int, partition: int, reply: Message) -> None:
+        update = read_update(reply.content, self.task.layout)
+        assignment = self._assigned.get(partition)
+        if assignment is None:
+            raise ValueError("it was sent no job this round")
+        if not within(update.submodel, assignment.submodel):
+            raise ValueError("it claims units or tensors that it was never sent")
+        level = self.level_trained(assignment, update)
+        averager.add(update.submodel, update.difference, self.weigh(update))
+        self.record.count(self.federation.devices[partition], level, update, num_bytes(reply))
+        self.observe(server_round, partition, update)
+
+    def _note(self, where: list[dict[str, Any]], partition: int, reason: str) -> None:
+        reason = " ".join(reason.split())[-300:]
+        where.append({"partition": partition, "reason": reason})
+        log.warning("round %s: client %s left out: %s", self.record.server_round, partition, reason)
+
+    # Evaluation -----------------------------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Test every level on the server, then ask devices to test theirs on their own validation split."""
+        last = server_round == self.settings.num_server_rounds
+        if server_round % self.settings.evaluate_every and not last:
+            return []
+        found = self.level_statistics(server_round, self._arrays, grid)
+        self.record.quality = self.evaluate_levels(self._arrays, found)
+        return self._evaluation_messages(server_round, found)
+
+    def evaluate_levels(self, arrays: Arrays, found: Mapping[str, Statistics | None]) -> dict[str, float]:
+        """Accuracy of every level on the server's test split, the headline mean, and the largest level's loss."""
+        results = {
+            name: evaluate_part(self.task, extract(self.task.layout, level, arrays), found[name], self.server.test)
+            for name, level in self.levels().items()
+        }
+        top = list(results.values())[-1]
+        mean = float(np.mean([results[name].accuracy for name in self.headline()]))
+        by_level = {f"accuracy-{name}": result.accuracy for name, result in results.items()}
+        return {"accuracy": top.accuracy, "loss": top.loss, "accuracy-levels": mean, **by_level}
+
+    def _proxy_statistics(self, level: Submodel, arrays: Arrays) -> Statistics:
+        model = self.task.network(extract(self.task.layout, level, arrays))
+        return statistics(collect_sums(model, (b.inputs for b in batches(self.server.proxy, STATISTICS_BATCH))))
+
+    def _evaluation_messages(self, server_round: int, found: Mapping[str, Statistics | None]) -> Iterator[Message]:
+        levels = self.levels()
+        able = {p: self.level_for_evaluation(d) for p, d in self.federation.devices.items()}
+        able = {p: name for p, name in able.items() if name is not None}
+        rng = np.random.default_rng([self.settings.seed, server_round, 1])
+        num = int(np.ceil(self.settings.fraction_evaluate * len(able)))
+        parts: dict[bytes, Array] = {}
+        for partition in sorted(rng.permutation(sorted(able))[:num].tolist()):
+            name = str(able[partition])
+            assignment = Assignment(levels[name], name)
+            content = job_content(self._part(parts, levels[name]), assignment, 0, server_round, self.transform)
+            if found[name] is not None:
+                content["statistics"] = statistics_content(found[name])  # type: ignore[arg-type]
+            message = self.federation.message(partition, content, "evaluate", server_round)
+            self.record.bytes_beside += num_bytes(message)
+            yield message
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Collect the clients' own tests and close the round's record."""
+        for reply in replies:
+            partition = self.federation.partition_of(reply)
+            try:
+                self.record.clients.append(_read_evaluation(reply))
+                self.record.bytes_beside += num_bytes(reply)
+            except ValueError as cause:
+                self._note(self.record.failed, partition, str(cause))
+        if self.on_round is not None:
+            self.on_round(self.record.line())
+        return None
+
+
+def _read_evaluation(reply: Message) -> Evaluation:
+    if reply.has_error():
+        raise ValueError(f"evaluation failed: {reply.error.reason}")
+    metrics: Any = reply.content.metric_records.get("metrics", {})
+    try:
+        result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
+    except (KeyError, TypeError, ValueError) as cause:
+        raise ValueError(f"evaluation reply should hold correct, loss-sum and num-samples, got {cause!r}") from cause
+    if not (0 <= result.correct <= result.num_samples and np.isfinite(result.loss_sum)):
+        raise ValueError(f"evaluation reply is impossible: {result}")
+    return result
+
+

@@ -1,0 +1,125 @@
+"""HeteroFL's server: nested prefixes by level, classifier rows by label, static batch norm asked of the clients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from flexfed.batchnorm import BatchNormSums, Statistics, add_sums, norm_widths, statistics, unpack_sums
+from flexfed.cost import shares
+from flexfed.devices import Device
+from flexfed.flower.messages import from_record_of_arrays, job_content, num_bytes, to_array
+from flexfed.jobs import Assignment, Update
+from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fixed_levels, parse_shares
+from flexfed.select import prefix_ratio
+from flexfed.submodel import Submodel, extract, flatten, pack
+from flexfed.units import Arrays
+from strategies.base import SubmodelStrategy
+
+log = logging.getLogger("flwr")
+
+
+class HeteroFL(SubmodelStrategy):
+    """Static prefixes; see `flexfed.methods.heterofl`."""
+
+    _dynamic: np.ndarray | None = None  # this round's draw, one level for each partition
+
+    def levels(self) -> dict[str, Submodel]:
+        """The levels that devices hold, smallest first, and always the largest."""
+        used = {self.level_of(device) for device in self.federation.devices.values()} | {0}
+        if self.task.method.assign == "dynamic":
+            used = set(range(len(self.task.method.ratios)))
+        return {LEVELS[i]: self._part_at(i) for i in sorted(used, reverse=True)}
+
+    def _part_at(self, level: int) -> Submodel:
+        return prefix_ratio(self.task.layout, self.task.method.ratios[level])
+
+    def level_of(self, device: Device) -> int:
+        """A device's level: by its capacity, by fixed shares, or as drawn this round."""
+        method, num = self.task.method, len(self.federation.devices)
+        if method.assign == "capacity":
+            parts = {str(i): self._part_at(i) for i in range(len(method.ratios))}
+            return capacity_level(device.capacity, list(shares(self.task.layout, parts).values()))
+        if method.assign == "dynamic" and self._dynamic is not None:
+            return int(self._dynamic[self._rank(device)])
+        return int(fixed_levels(num, parse_shares(method.shares, len(method.ratios)))[self._rank(device)])
+
+    def _rank(self, device: Device) -> int:
+        return sorted(self.federation.devices).index(device.partition)
+
+    def assign(
+        self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
+    ) -> Mapping[int, Assignment]:
+        """A uniform cohort; with `assign = "dynamic"` every client draws its level anew."""
+        method = self.task.method
+        if method.assign == "dynamic":
+            self._dynamic = dynamic_levels(len(devices), parse_shares(method.shares, len(method.ratios)), rng)
+        return super().assign(server_round, devices, rng)
+
+    def part_of(self, device: Device, server_round: int) -> Assignment:
+        """The prefix of the device's level."""
+        level = self.level_of(device)
+        return Assignment(self.submodel(level, server_round), LEVELS[level], {"ratio": self.task.method.ratios[level]})
+
+    def submodel(self, level: int, server_round: int) -> Submodel:
+        """The part of a level in a round; the same in every round."""
+        return self._part_at(level)
+
+    def weigh(self, update: Update) -> float:
+        """Uniform, or by examples."""
+        return 1.0 if self.task.method.weights == "uniform" else update.weight
+
+    def level_statistics(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics | None]:
+        """Asked of the clients, taken from the proxy split, or none."""
+        mode = self.task.method.batch_norm
+        if mode == "batch" or self.settings.batch_norm == "batch":
+            return dict.fromkeys(self.levels())
+        found = super().level_statistics(server_round, arrays, grid)
+        return {**found, **self._asked(server_round, arrays, grid)} if mode == "federated" else found
+
+    def _asked(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics]:
+        """Statistics of each level, summed over the clients that can hold it; a level nobody answers for is left out."""
+        sums: dict[str, BatchNormSums] = {}
+        widths = {
+            name: norm_widths(self.task.network(extract(self.task.layout, level, arrays)))
+            for name, level in self.levels().items()
+        }
+        for reply in grid.send_and_receive(self._questions(server_round, arrays), timeout=self.settings.round_timeout):
+            partition = self.federation.partition_of(reply)
+            try:
+                for name, own in self._answer(reply, widths).items():
+                    sums[name] = add_sums(sums[name], own) if name in sums else own
+                self.record.bytes_beside += num_bytes(reply)
+            except (KeyError, ValueError) as cause:
+                self._note(self.record.failed, partition, f"statistics query: {cause}")
+        return {name: statistics(total) for name, total in sums.items()}
+
+    def _questions(self, server_round: int, arrays: Arrays) -> Iterator[Message]:
+        """One message a client: its largest level, and the bits of the smaller ones it can cut out of it."""
+        levels = self.levels()
+        flat = {n: to_array(flatten(self.task.layout, s, extract(self.task.layout, s, arrays))) for n, s in levels.items()}
+        for partition, device in self.federation.devices.items():
+            name = self.level_for_evaluation(device)
+            if name is None:
+                continue
+            held = list(levels)[: list(levels).index(name) + 1]
+            content = job_content(flat[name], Assignment(levels[name], name), 0, server_round, self.transform)
+            content["levels"] = ConfigRecord({n: pack(levels[n])["units"] for n in held})
+            content["query"] = ConfigRecord({"definition": self.task.method.statistics})
+            message = self.federation.message(partition, content, "query.statistics", server_round)
+            self.record.bytes_beside += num_bytes(message)
+            yield message
+
+    def _answer(self, reply: Message, widths: Mapping[str, Mapping[str, int]]) -> dict[str, BatchNormSums]:
+        if reply.has_error():
+            raise ValueError(reply.error.reason)
+        definition: Any = self.task.method.statistics
+        records = reply.content.array_records
+        if not set(records) <= set(widths):
+            raise ValueError(f"expected sums of levels {sorted(widths)}, got {sorted(records)}")
+        return {n: unpack_sums(from_record_of_arrays(r), widths[n], definition) for n, r in records.items()}

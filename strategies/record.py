@@ -1,0 +1,76 @@
+"""One round's line of the record: who took part, what it cost, how good the model is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flexfed.cost import modelled_joules, modelled_seconds
+from flexfed.devices import Device
+from flexfed.jobs import Update
+from flexfed.training import Evaluation
+
+
+@dataclass
+class RoundRecord:
+    """Filled while a round runs; holds nothing that depends on the clock."""
+
+    server_round: int
+    dispatched: dict[int, str] = field(default_factory=dict)  # partition -> level
+    trained: Counter[str] = field(default_factory=Counter)
+    bytes_down: dict[int, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_beside: int = 0  # evaluation and queries
+    macs: float = 0.0
+    seconds: float = 0.0
+    joules: float = 0.0
+    losses: list[tuple[float, float]] = field(default_factory=list)  # (weight, loss)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    quality: dict[str, float] = field(default_factory=dict)
+    clients: list[Evaluation] = field(default_factory=list)
+
+    def count(self, device: Device, level: str, update: Update, bytes_up: int) -> None:
+        """Add an accepted reply: a synchronous round lasts as long as its slowest device."""
+        macs = int(update.metrics.get("macs", 0))
+        travelled = self.bytes_down.get(device.partition, 0) + bytes_up
+        self.trained[level] += 1
+        self.bytes_up += bytes_up
+        self.macs += macs
+        self.seconds = max(self.seconds, modelled_seconds(device, macs, travelled))
+        self.joules += modelled_joules(device, macs, travelled)
+        self.losses.append((update.weight, update.metrics.get("train-loss", 0.0)))
+
+    def line(self) -> dict[str, Any]:
+        """The line of metrics.jsonl; keys without a value this round are left out."""
+        line: dict[str, Any] = {
+            "round": self.server_round,
+            "cohort": sorted(self.dispatched),
+            "dispatched": dict(sorted(Counter(self.dispatched.values()).items())),
+            "trained": dict(sorted(self.trained.items())),
+            "bytes-down": sum(self.bytes_down.values()),
+            "bytes-up": self.bytes_up,
+            "bytes-evaluation": self.bytes_beside,
+            "macs": int(self.macs),
+            "modelled-seconds": self.seconds,
+            "joules": self.joules,
+            "refused": self.refused,
+            "failed": self.failed,
+            **self.quality,
+        }
+        if self.losses:
+            total = sum(weight for weight, _ in self.losses)
+            line["train-loss"] = sum(weight * loss for weight, loss in self.losses) / total
+        tested = [e.accuracy for e in self.clients if e.num_samples]
+        if tested:
+            line["accuracy-clients"] = float(np.mean(tested))
+            line["accuracy-worst-tenth"] = worst_tenth(tested)
+        return line
+
+
+def worst_tenth(accuracies: list[float]) -> float:
+    """Mean of the lowest tenth of the clients, one at least."""
+    return float(np.mean(sorted(accuracies)[: max(1, len(accuracies) // 10)]))
