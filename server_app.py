@@ -15,6 +15,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from flexfed.compare import find_comparable
 from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import ServerData, load_server, normalisation, normalise
@@ -24,11 +25,11 @@ from flexfed.flower.messages import from_record_of_arrays, to_record_of_arrays
 from flexfed.jobs import Task
 from flexfed.models import load_weights
 from flexfed.report import EventWriter, final_table, round_line
-from flexfed.compare import find_comparable
 from flexfed.runs import RunFolder, load_run
 from flexfed.submodel import extract
 from flexfed.units import Arrays, travelling
-from strategies import STRATEGIES, SubmodelStrategy
+from strategies import STRATEGIES
+from strategies.base import SubmodelStrategy
 
 app = ServerApp()
 log = logging.getLogger("flwr")
@@ -99,7 +100,7 @@ def initial_arrays(task: Task, weights: str, seed: int) -> Arrays:
 
 def _normalised(raw: ServerData) -> tuple[ServerData, dict[str, Any]]:
     """The server's data by the proxy split's mean and deviation, and what clients need to do the same."""
-    mean, std = normalisation(raw.proxy if len(raw.proxy.labels) else raw.test)
+    mean, std = normalisation(raw.proxy)
     server = replace(raw, proxy=normalise(raw.proxy, mean, std), test=normalise(raw.test, mean, std))
     return server, {
         "num-classes": raw.info.num_classes,

@@ -12,6 +12,7 @@ float32, a mean of zeros is zero.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -49,7 +50,12 @@ class Averager:
         per: divide by the weight that covers an entry, or by all weight.
     """
 
-    def __init__(self, layout: Layout, previous: Mapping[str, np.ndarray], per: Literal["coverage", "total"] = "coverage"):
+    def __init__(
+        self,
+        layout: Layout,
+        previous: Mapping[str, np.ndarray],
+        per: Literal["coverage", "total"] = "coverage",
+    ):
         if per not in ("coverage", "total"):
             raise ValueError(f"per must be 'coverage' or 'total', got {per!r}")
         self._layout = layout
@@ -85,7 +91,7 @@ class Averager:
         expected = known.total.numel() if known else _num_entries(shapes)
         if difference.shape != (expected,):
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
-        flat = torch.from_numpy(difference)
+        flat = _shared(difference)
         refuse_non_finite(flat)
         pool = None if submodel.masks else known or self._pool_for(submodel)
         if pool is not None:
@@ -125,7 +131,12 @@ class Averager:
         return pool
 
     def _add_to_pool(
-        self, pool: _Pool, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
+        self,
+        pool: _Pool,
+        submodel: Submodel,
+        shapes: Mapping[str, tuple[int, ...]],
+        flat: torch.Tensor,
+        weight: float,
     ) -> None:
         if np.array_equal(submodel.units, pool.submodel.units):
             pool.total.add_(flat, alpha=weight)
@@ -134,7 +145,12 @@ class Averager:
         pool.weights[submodel.units] += weight
 
     def _add_without_some_outputs(
-        self, pool: _Pool, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
+        self,
+        pool: _Pool,
+        submodel: Submodel,
+        shapes: Mapping[str, tuple[int, ...]],
+        flat: torch.Tensor,
+        weight: float,
     ) -> None:
         """Tensors in between outputs are one run in both vectors: added together, not one by one."""
         run = source = target = 0
@@ -199,10 +215,12 @@ class Averager:
         axes = self._layout.axes[name]
         shape = self._layout.shapes[name]
         if not axes:
-            return np.float32(sum(weights.max() for weights, _ in rows))
-        first = np.stack([weights[axes[0]] if axes[0] is not None else np.full(shape[0], weights.max()) for weights, _ in rows])
+            return np.asarray(sum(weights.max() for weights, _ in rows), dtype=np.float32)
+        first = np.stack(
+            [weights[axes[0]] if axes[0] is not None else np.full(shape[0], weights.max()) for weights, _ in rows]
+        )
         if len(axes) == 1 or axes[1] is None:
-            return first.sum(axis=0).astype(np.float32).reshape(-1, *[1] * (len(shape) - 1))
+            return np.asarray(first.sum(axis=0), dtype=np.float32).reshape(-1, *[1] * (len(shape) - 1))
         second = np.stack([units[axes[1]] for _, units in rows]).astype(np.float32)
         return (first.astype(np.float32).T @ second).reshape(*shape[:2], *[1] * (len(shape) - 2))
 
@@ -226,6 +244,13 @@ class Averager:
             values = pool.total[start : start + math.prod(shape)].view(shape)
             add_at(into, positions(self._layout, pool.submodel, name), values, 1.0)
         return into.numpy()
+
+
+def _shared(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the same memory. Replies are read-only views of their message, and are only read here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _num_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -258,7 +283,7 @@ def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torc
     """into[kept] += weight * values, in place: by slices where axes are kept as runs, else by (row, column) pairs."""
     runs = [slice(None) if index is None else as_slice(index) for index in kept]
     if all(run is not None for run in runs):
-        into[tuple(runs)].add_(values, alpha=weight)  # type: ignore[index]
+        into[tuple(run for run in runs if run is not None)].add_(values, alpha=weight)
         return
     if len(kept) == 1:
         into.index_add_(0, torch.from_numpy(kept[0]), values, alpha=weight)

@@ -96,7 +96,12 @@ class Experiment:
         """
         settings = read(Settings, values)
         method = METHODS[settings.strategy]
-        return cls(settings, read(DataConfig, values), read(Training, values), read(method.config, values, method.prefix))
+        return cls(
+            settings,
+            read(DataConfig, values),
+            read(Training, values),
+            read(method.config, values, method.prefix),
+        )
 
     def task(self, num_classes: int, input_shape: tuple[int, ...]) -> Task:
         """The network, traced, and how it is trained.
@@ -166,7 +171,7 @@ def _numbers(key: str, value: Any, kind: Any) -> tuple[Any, ...]:
     try:
         return tuple(kind(piece) for piece in text.replace(",", " ").split())
     except ValueError:
-        raise ValueError(f"{key} must be numbers in one string, like \"0.5, 0.25\"; got {value!r}") from None
+        raise ValueError(f'{key} must be numbers in one string, like "0.5, 0.25"; got {value!r}') from None
 
 
 def _one_of(key: str, value: str, known: Any) -> None:

@@ -39,7 +39,7 @@ def _forward_macs(
     model = use_batch_statistics(resize(build_on_meta(factory), dict(shapes))).train()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, *input_shape, device="meta"))
-    return counter.get_total_flops() // 4  # two samples, two FLOPs a MAC
+    return int(counter.get_total_flops()) // 4  # two samples, two FLOPs a MAC
 
 
 def training_macs(forward: int, num_samples: int) -> int:
@@ -54,9 +54,7 @@ def modelled_seconds(device: Device, macs: int, num_bytes: int) -> float:
 
 def modelled_joules(device: Device, macs: int, num_bytes: int) -> float:
     """Energy of computing and sending on a device, from its declared watts."""
-    return (
-        device.compute_watts * macs / device.speed_macs_s + device.radio_watts * num_bytes / device.link_bytes_s
-    )
+    return device.compute_watts * macs / device.speed_macs_s + device.radio_watts * num_bytes / device.link_bytes_s
 
 
 def shares(layout: Layout, submodels: Mapping[str, Submodel]) -> dict[str, float]:

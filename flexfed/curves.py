@@ -86,11 +86,12 @@ def draw(rounds: Sequence[Metrics], path: Path, title: str) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     lines = curves(rounds)
-    figure = Figure(figsize=(10.5, 4.3), dpi=150, layout="constrained", facecolor="white")
+    engine = ConstrainedLayoutEngine(w_pad=0.12, wspace=0.04)
+    figure = Figure(figsize=(10.5, 4.3), dpi=150, layout=engine, facecolor="white")
     canvas = FigureCanvasAgg(figure)  # no pyplot: its global state is not ours to change
-    figure.get_layout_engine().set(w_pad=0.12, wspace=0.04)  # type: ignore[union-attr]
     left, right = figure.subplots(1, 2, sharey=True)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, weight="bold", color=_INK)
     unit, size = _byte_unit(max((curve.sent[-1] for curve in lines), default=0.0))

@@ -82,7 +82,9 @@ class Fleet:
     def __post_init__(self) -> None:
         total = sum(c.share for c in self.classes)
         if not self.classes or any(c.share < 0 for c in self.classes) or not math.isclose(total, 1.0):
-            raise ValueError(f"shares of a fleet's classes must be >= 0 and sum to 1, got {[c.share for c in self.classes]}")
+            raise ValueError(
+                f"shares of a fleet's classes must be >= 0 and sum to 1, got {[c.share for c in self.classes]}"
+            )
 
     def counts(self, num: int) -> list[int]:
         """Devices of each class: floor(num * share), the remainder goes to the last class."""
@@ -120,7 +122,9 @@ def _device_class(row: Mapping[str, Any], where: str) -> DeviceClass:
     values = {key.replace("-", "_"): value for key, value in row.items()}
     known = {f.name for f in fields(DeviceClass)}
     if not {"kind", "share", "capacity"} <= values.keys() <= known:
-        raise ValueError(f"{where}: a [[class]] needs kind, share, capacity and may have {_keys(known)}; got {_keys(values)}")
+        raise ValueError(
+            f"{where}: a [[class]] needs kind, share, capacity and may have {_keys(known)}; got {_keys(values)}"
+        )
     spread = values.get("capacity_spread", 0.0)
     values["capacity_spread"] = tuple(spread) if isinstance(spread, Sequence) else (float(spread),)
     return DeviceClass(**values)
@@ -129,8 +133,9 @@ def _device_class(row: Mapping[str, Any], where: str) -> DeviceClass:
 def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
     """The device as its SuperNode's node-config declares it: keys there win over the fleet's."""
     names = {f.name for f in fields(Device)} - {"partition", "num_examples", "labels"}
-    told = {name: node_config[_key(name)] for name in names if _key(name) in node_config}
-    return replace(device, **{n: v if n == "kind" else float(v) for n, v in told.items()})
+    told: dict[str, Any] = {name: node_config[_key(name)] for name in names if _key(name) in node_config}
+    values: dict[str, Any] = {n: v if n == "kind" else float(v) for n, v in told.items()}
+    return replace(device, **values)
 
 
 def to_record(device: Device) -> dict[str, Any]:

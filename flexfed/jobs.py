@@ -13,7 +13,16 @@ from flexfed.batchnorm import Statistics
 from flexfed.cost import forward_macs, training_macs
 from flexfed.devices import Device
 from flexfed.submodel import Submodel, flatten, narrow, relative_positions, take
-from flexfed.training import Evaluation, Loss, Samples, Training, cross_entropy, evaluate, fit, use_batch_statistics
+from flexfed.training import (
+    Evaluation,
+    Loss,
+    Samples,
+    Training,
+    cross_entropy,
+    evaluate,
+    fit,
+    use_batch_statistics,
+)
 from flexfed.units import Arrays, Factory, Layout
 
 if TYPE_CHECKING:
@@ -105,7 +114,9 @@ LocalUpdate = Callable[[Job, Task, "ClientData"], Update]
 """A method's work on the client."""
 
 
-def train_network(model: torch.nn.Module, job: Job, task: Task, samples: Samples, loss: Loss = cross_entropy) -> Trained:
+def train_network(
+    model: torch.nn.Module, job: Job, task: Task, samples: Samples, loss: Loss = cross_entropy
+) -> Trained:
     """Train a network with the run's settings and the job's seed, in place."""
     rng = np.random.default_rng(job.seed)
     torch.manual_seed(job.seed)  # dropout
@@ -116,7 +127,13 @@ def train_network(model: torch.nn.Module, job: Job, task: Task, samples: Samples
 
 
 def make_update(
-    job: Job, task: Task, received: Submodel, arrays: Arrays, trained: Trained, weight: float, macs: int = 0,
+    job: Job,
+    task: Task,
+    received: Submodel,
+    arrays: Arrays,
+    trained: Trained,
+    weight: float,
+    macs: int = 0,
     reported: Submodel | None = None,
 ) -> Update:
     """The difference between what was trained and what was received.

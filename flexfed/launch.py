@@ -211,9 +211,9 @@ def follow(flower: Flower, run_id: str, echo: Echo, how: str = "--stream") -> Pa
 def wait_until_finished(flower: Flower, run_id: str) -> Mapping[str, Any]:
     """Ask for the run until Flower says that it is over; the log may end a moment before that."""
     while True:
-        runs = flower.ask("ls", "local", "--run-id", run_id).get("runs") or [{}]
-        if str(runs[0].get("status", "")).startswith("finished"):
-            return runs[0]
+        run: Mapping[str, Any] = (flower.ask("ls", "local", "--run-id", run_id).get("runs") or [{}])[0]
+        if str(run.get("status", "")).startswith("finished"):
+            return run
         time.sleep(_POLL_S)
 
 

@@ -151,7 +151,7 @@ def near_matches(name: str, known: Iterable[str]) -> list[str]:
     names = list(known)
     wanted = name.replace("_", "-").lower()
     endings = [key for key in names if key.endswith("." + wanted)]
-    return list(dict.fromkeys(endings + get_close_matches(wanted, names, n=3)))[:3]
+    return endings[:3] or get_close_matches(wanted, names, n=3)
 
 
 def _kind(value: Scalar) -> str:

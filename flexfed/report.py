@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,28 +123,21 @@ def final_table(
             devices out that cannot hold the whole model.
         path: the run folder, named in the last line (which may be longer).
     """
-    from rich.console import Console
-
     names = [name for name in quality_metrics(rounds) if name.startswith("accuracy")]
-    console = Console(width=100, record=False, color_system=None, force_terminal=False, file=_Sink())
-    with console.capture() as captured:
-        console.print(f"\n{title_of(summary)} · {summary['rounds']} rounds\n")
-        console.print(_accuracy_table(summary, _ordered(names), other), "")
-        console.print(_cost_table(summary, other), "")
-    text = "\n".join(line.rstrip() for line in captured.get().splitlines())
+    title = f"\n{title_of(summary)} · {summary['rounds']} rounds\n"
+    parts = (_accuracy_table(summary, _ordered(names), other), "", _cost_table(summary, other), "")
+    text = plain_text(100, title, *parts)
     return text + (f"\nrun folder: {path}" if path else "")
 
 
-class _Sink:
-    """A file nobody reads: the console's output is captured, and must not depend on the terminal."""
+def plain_text(width: int, *renderables: Any) -> str:
+    """What rich makes of these, as text that does not depend on the terminal, without trailing spaces."""
+    from rich.console import Console
 
-    encoding = "utf-8"
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(*renderables, sep="\n", markup=False, highlight=False)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def _ordered(names: Sequence[str]) -> list[str]:

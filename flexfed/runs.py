@@ -131,7 +131,8 @@ class RunFolder:
 def title_of(summary: Mapping[str, Any]) -> str:
     """What a run is, in one line: method, data set, network, seed."""
     words = [str(summary[key]) for key in ("strategy", "dataset", "model") if key in summary]
-    return " · ".join(words + [f"seed {summary['seed']}"] * ("seed" in summary))
+    words += [f"seed {summary['seed']}"] if "seed" in summary else []
+    return " · ".join(words)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -222,8 +223,8 @@ def summarise(rounds: Sequence[Metrics], facts: Mapping[str, Any]) -> dict[str, 
     """The content of summary.json.
 
     `final`, `last10` and `best` map every quality metric to a number: its last value, its mean over the
-    last ten rounds, and its best (smallest for losses). A round without the metric does not count; a null (NaN) does:
-    it makes `final` and `last10` null, so that a run that diverged cannot show an earlier number.
+    last ten rounds, and its best (smallest for losses). A round without the metric does not count; a null
+    (NaN) does: it makes `final` and `last10` null, so that a run that diverged cannot show an earlier number.
 
     Args:
         rounds: lines of metrics.jsonl, in order.

@@ -61,9 +61,7 @@ def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
     return None if kept.all() else np.flatnonzero(kept)
 
 
-def relative_positions(
-    layout: Layout, outer: Submodel, inner: Submodel, tensor: str
-) -> tuple[np.ndarray | None, ...]:
+def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
     """Where `inner` stands inside the part that `outer` extracts; both in the full numbering."""
     return tuple(
         None if units is None else _kept(units[outer.units[units]], inner.units) for units in layout.axes[tensor]

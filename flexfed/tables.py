@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flexfed.compare import Comparison, Row, mean_and_deviation, paired_differences
-from flexfed.report import cost
+from flexfed.report import cost, plain_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COSTS = {
     "bytes-down": "sent to devices",
@@ -89,21 +93,22 @@ def _cost_table(comparison: Comparison) -> TextTable:
 
 def to_text(comparison: Comparison, width: int = 120) -> str:
     """The tables for a terminal."""
+    parts = [part for table in tables(comparison) for part in (table.caption, _drawn(table))]
+    notes = [f"Note: {note}" for note in comparison.notes]
+    return plain_text(width, *parts, *notes)
+
+
+def _drawn(table: TextTable) -> Table:
     from rich import box
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=width, color_system=None, force_terminal=False)
-    with console.capture() as captured:
-        for table in tables(comparison):
-            drawn = Table(*table.head, box=box.SIMPLE_HEAD, pad_edge=False, title=None)
-            for column in drawn.columns[1:]:
-                column.justify = "right"
-            for cells in table.body:
-                drawn.add_row(*cells)
-            console.print(table.caption, drawn, markup=False)
-    notes = [f"Note: {note}" for note in comparison.notes]
-    return "\n".join([line.rstrip() for line in captured.get().splitlines()] + notes)
+    drawn = Table(*table.head, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in drawn.columns[1:]:
+        column.justify = "right"
+    for cells in table.body:
+        drawn.add_row(*map(escape, cells))
+    return drawn
 
 
 def to_markdown(comparison: Comparison, command: str) -> str:

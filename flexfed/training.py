@@ -152,9 +152,7 @@ def _optimizer(model: nn.Module, training: Training, learning_rate: float) -> to
     parameters = [p for p in model.parameters() if p.requires_grad]
     if training.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=training.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-    )
+    return torch.optim.SGD(parameters, lr=learning_rate, momentum=training.momentum, weight_decay=training.weight_decay)
 
 
 def batches(

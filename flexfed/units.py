@@ -54,9 +54,7 @@ class Layout:
             raise ValueError(f"groups must number their units 0, 1, 2, ... without gaps, got {dict(self.groups)}")
         for name, shape in self.shapes.items():
             axes = self.axes.get(name, ())
-            if len(axes) != len(shape) or any(
-                a is not None and len(a) != n for a, n in zip(axes, shape, strict=True)
-            ):
+            if len(axes) != len(shape) or any(a is not None and len(a) != n for a, n in zip(axes, shape, strict=True)):
                 raise ValueError(f"axes of {name!r} do not fit its shape {shape}")
 
     @property
@@ -186,9 +184,10 @@ def _numbered(
         if all(axis == _out_axis(model, name) for name, axis, _, _ in group):
             fixed.add(title)  # units that feed no layer are the network's outputs
         for name, axis, places, roots in group:
-            if axes[name][axis] is None:
-                axes[name][axis] = np.full(tensors[name][axis], -1, dtype=np.int64)
-            axes[name][axis][places] = start + roots  # type: ignore[index]
+            units = axes[name][axis]
+            if units is None:
+                units = axes[name][axis] = np.full(tensors[name][axis], -1, dtype=np.int64)
+            units[places] = start + roots
         start = stop
     _refuse_untraced(axes)
     return groups, axes, frozenset(fixed)
@@ -282,7 +281,7 @@ def _check_narrow(factory: Factory, layout: Layout, example_shape: tuple[int, ..
     model = resize(build_on_meta(factory), narrow_shapes(layout, prefix_ratio(layout, 0.5)))
     running: list[str] = []
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
     try:
         model(torch.zeros(2, *example_shape, device="meta"))
     except Exception as error:

@@ -15,8 +15,8 @@ from flexfed.averaging import Averager
 from flexfed.batchnorm import Statistics, collect_sums, statistics
 from flexfed.config import Experiment
 from flexfed.cost import shares
-from flexfed.devices import Device
 from flexfed.data import ServerData
+from flexfed.devices import Device
 from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
     from_record_of_arrays,
@@ -131,7 +131,12 @@ class SubmodelStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what is about to run."""
-        log.info("%s: %s units in %s groups", type(self).__name__, self.task.layout.num_units, len(self.task.layout.groups))
+        log.info(
+            "%s: %s units in %s groups",
+            type(self).__name__,
+            self.task.layout.num_units,
+            len(self.task.layout.groups),
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -278,5 +283,3 @@ def _read_evaluation(reply: Message) -> Evaluation:
     if not (0 <= result.correct <= result.num_samples and np.isfinite(result.loss_sum)):
         raise ValueError(f"evaluation reply is impossible: {result}")
     return result
-
-

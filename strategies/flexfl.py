@@ -10,7 +10,16 @@ import numpy as np
 from flexfed.cost import num_parameters
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Update
-from flexfed.methods.flexfl import LEVELS, MAIN_LEVELS, build_pool, capable_level, eligible, keep_scores, largest_first, redraw
+from flexfed.methods.flexfl import (
+    LEVELS,
+    MAIN_LEVELS,
+    build_pool,
+    capable_level,
+    eligible,
+    keep_scores,
+    largest_first,
+    redraw,
+)
 from flexfed.methods.flexfl_pretraining import measure_scores
 from flexfed.select import RatioGroup, prefix, ratio_groups, ratio_widths
 from flexfed.submodel import Submodel, pack
@@ -38,14 +47,18 @@ class FlexFL(SubmodelStrategy):
             for name, ratios in zip(LEVELS, pool, strict=True)
         }
         log.info("APoZ %s", " ".join(f"{g.name}:{a:.3f}" for g, a in zip(groups, apoz, strict=True)))
-        shares = {n: num_parameters(self.task.layout, s) / num_parameters(self.task.layout, self._pool["L"]) for n, s in self._pool.items()}
+        shares = {
+            n: num_parameters(self.task.layout, s) / num_parameters(self.task.layout, self._pool["L"])
+            for n, s in self._pool.items()
+        }
         log.info("pool %s", " ".join(f"{name}:{share:.3f}" for name, share in shares.items()))
 
     def _group_parameters(self, groups: tuple[RatioGroup, ...]) -> list[int]:
         """P_i: parameters of the tensors in each group's modules."""
         shapes = self.task.layout.shapes
         return [
-            sum(int(np.prod(shape)) for name, shape in shapes.items() if _inside(name, group.modules)) for group in groups
+            sum(int(np.prod(shape)) for name, shape in shapes.items() if _inside(name, group.modules))
+            for group in groups
         ]
 
     def _share(self, groups: tuple[RatioGroup, ...], ratios: np.ndarray) -> float:

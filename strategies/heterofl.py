@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,21 @@ class HeteroFL(SubmodelStrategy):
         used = {self.level_of(device) for device in self.federation.devices.values()} | {0}
         if self.task.method.assign == "dynamic":
             used = set(range(len(self.task.method.ratios)))
-        return {LEVELS[i]: self._part_at(i) for i in sorted(used, reverse=True)}
+        return {LEVELS[i]: self._parts[i] for i in sorted(used, reverse=True)}
 
-    def _part_at(self, level: int) -> Submodel:
-        return prefix_ratio(self.task.layout, self.task.method.ratios[level])
+    @cached_property
+    def _parts(self) -> tuple[Submodel, ...]:
+        return tuple(prefix_ratio(self.task.layout, ratio) for ratio in self.task.method.ratios)
+
+    @cached_property
+    def _sizes(self) -> list[float]:
+        return list(shares(self.task.layout, {LEVELS[i]: part for i, part in enumerate(self._parts)}).values())
 
     def level_of(self, device: Device) -> int:
         """A device's level: by its capacity, by fixed shares, or as drawn this round."""
         method, num = self.task.method, len(self.federation.devices)
         if method.assign == "capacity":
-            parts = {str(i): self._part_at(i) for i in range(len(method.ratios))}
+            parts = {str(i): self._parts[i] for i in range(len(method.ratios))}
             return capacity_level(device.capacity, list(shares(self.task.layout, parts).values()))
         if method.assign == "dynamic" and self._dynamic is not None:
             return int(self._dynamic[self._rank(device)])
@@ -68,7 +74,7 @@ class HeteroFL(SubmodelStrategy):
 
     def submodel(self, level: int, server_round: int) -> Submodel:
         """The part of a level in a round; the same in every round."""
-        return self._part_at(level)
+        return self._parts[level]
 
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""
@@ -102,7 +108,9 @@ class HeteroFL(SubmodelStrategy):
     def _questions(self, server_round: int, arrays: Arrays) -> Iterator[Message]:
         """One message a client: its largest level, and the bits of the smaller ones it can cut out of it."""
         levels = self.levels()
-        flat = {n: to_array(flatten(self.task.layout, s, extract(self.task.layout, s, arrays))) for n, s in levels.items()}
+        flat = {
+            n: to_array(flatten(self.task.layout, s, extract(self.task.layout, s, arrays))) for n, s in levels.items()
+        }
         for partition, device in self.federation.devices.items():
             name = self.level_for_evaluation(device)
             if name is None:

@@ -153,9 +153,7 @@ def normalise(samples: Samples, mean: tuple[float, ...], std: tuple[float, ...])
             f"inputs of shape {tuple(samples.inputs.shape[1:])} need {num_channels} means and deviations, "
             f"got {len(mean)} and {len(std)}"
         )
-    return Samples(
-        (samples.inputs - _spread(mean, samples.inputs)) / _spread(std, samples.inputs), samples.labels
-    )
+    return Samples((samples.inputs - _spread(mean, samples.inputs)) / _spread(std, samples.inputs), samples.labels)
 
 
 def _spread(values: tuple[float, ...], inputs: Tensor) -> Tensor:
@@ -173,9 +171,7 @@ def _source(config: DataConfig) -> Source:
 def _client_rows(config: DataConfig) -> np.ndarray:
     """Training rows that belong to clients."""
     data = _source(config)
-    return (
-        np.arange(len(data.train.labels)) if config.data_path else server_rows(data, config.proxy_fraction)[2]
-    )
+    return np.arange(len(data.train.labels)) if config.data_path else server_rows(data, config.proxy_fraction)[2]
 
 
 @lru_cache(maxsize=16)

@@ -98,17 +98,14 @@ def labels(table: Dataset, column: str) -> np.ndarray:
     """
     values = np.asarray(table.select_columns([column]).with_format("numpy")[:][column])
     if len(values) and (values.dtype.kind not in "iu" or values.min() < 0):
-        raise ValueError(
-            f"label-column {column!r} has rows without a label (missing or negative); remove them first"
-        )
+        raise ValueError(f"label-column {column!r} has rows without a label (missing or negative); remove them first")
     return values.astype(np.int64)
 
 
 def shape_error(column: str, expected: tuple[int, ...], got: tuple[int, ...]) -> ValueError:
     """The error for inputs that do not all have one shape."""
     return ValueError(
-        f"image-column {column!r} holds inputs of different shapes, {expected} and {got}; "
-        "bring them to one shape first"
+        f"image-column {column!r} holds inputs of different shapes, {expected} and {got}; bring them to one shape first"
     )
 
 
@@ -147,18 +144,14 @@ def _named(
     if name not in features:
         raise ValueError(f"{where} has no column {name!r} ({key}); its columns: {_describe(features)}")
     if not fits(features[name]):
-        raise ValueError(
-            f"{key} {name!r} of {where} must hold {expected}; its columns: {_describe(features)}"
-        )
+        raise ValueError(f"{key} {name!r} of {where} must hold {expected}; its columns: {_describe(features)}")
     return name
 
 
 def _only(candidates: list[str], features: Mapping[str, Any], key: str, where: str) -> str:
     if len(candidates) != 1:
         found = "several columns could be" if candidates else "no column looks like"
-        raise ValueError(
-            f"{where}: {found} the {key}; name it with {key}; its columns: {_describe(features)}"
-        )
+        raise ValueError(f"{where}: {found} the {key}; name it with {key}; its columns: {_describe(features)}")
     return candidates[0]
 
 
@@ -179,13 +172,9 @@ def _array_decoder(table: Dataset, column: str) -> Callable[[np.ndarray], np.nda
     def decode(rows: np.ndarray) -> np.ndarray:
         values = view[rows][column]
         if values.dtype == object:
-            raise ValueError(
-                f"image-column {column!r} must hold arrays of one shape; lengths differ or are missing"
-            )
+            raise ValueError(f"image-column {column!r} must hold arrays of one shape; lengths differ or are missing")
         if not np.isfinite(values).all():
-            raise ValueError(
-                f"image-column {column!r} must hold finite numbers; some are missing, infinite or NaN"
-            )
+            raise ValueError(f"image-column {column!r} must hold finite numbers; some are missing, infinite or NaN")
         return np.asarray(values, dtype=np.float32)
 
     return decode
@@ -221,9 +210,7 @@ def _one_channel(image: Image | None, column: str) -> bool:
         return True
     if image.mode in ("RGB", "RGBA", "P", "LA", "PA", "CMYK", "YCbCr"):
         return False
-    raise ValueError(
-        f"image-column {column!r} has an image of mode {image.mode!r}; expected 8-bit grey or colour"
-    )
+    raise ValueError(f"image-column {column!r} has an image of mode {image.mode!r}; expected 8-bit grey or colour")
 
 
 def _pixels(image: Image | None, grey: bool, column: str) -> np.ndarray:
@@ -231,8 +218,6 @@ def _pixels(image: Image | None, grey: bool, column: str) -> np.ndarray:
     one_channel = _one_channel(image, column)
     assert image is not None  # refused just before
     if grey and not one_channel:
-        raise ValueError(
-            f"image-column {column!r} mixes grey and coloured images; convert them to one mode first"
-        )
+        raise ValueError(f"image-column {column!r} mixes grey and coloured images; convert them to one mode first")
     pixels = np.asarray(image.convert("L" if grey else "RGB"))
     return pixels[None] if grey else pixels.transpose(2, 0, 1)

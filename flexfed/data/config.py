@@ -25,8 +25,8 @@ class DataConfig:
         id_column: column whose values are the clients of the natural partition.
         min_partition_size: the Dirichlet partition is drawn again until each client has this many samples.
         partition_balance: a client that already holds its equal share gets nothing of the next class
-            (Dirichlet only). On by default because FlexFL's code does so; there a client stops at the share,
-            with flwr-datasets one sample above it.
+            (Dirichlet only). Off by default, which is the plain Dirichlet partition; FlexFL's code balances,
+            and stops a client at its share where flwr-datasets stops it one sample above.
         validation_fraction: part of a client's samples it does not train on, in [0, 1).
         proxy_fraction: part of the training split the server keeps, in [0, 1), at most 1,000 samples; digits
             has its own fixed split and ignores it.
@@ -43,7 +43,7 @@ class DataConfig:
     classes_per_client: int = 2
     id_column: str = ""
     min_partition_size: int = 10
-    partition_balance: bool = True
+    partition_balance: bool = False
     validation_fraction: float = 0.1
     proxy_fraction: float = 0.1
     seed: int = 1

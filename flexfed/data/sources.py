@@ -122,9 +122,7 @@ def own_folder(data_path: str) -> str:
     """
     path = Path(data_path).expanduser().resolve()
     if not path.exists():
-        raise ValueError(
-            f"data-path {data_path!r}: there is no such folder or file ({path}); give its absolute path"
-        )
+        raise ValueError(f"data-path {data_path!r}: there is no such folder or file ({path}); give its absolute path")
     return str(path)
 
 
@@ -183,9 +181,7 @@ def _sizes(tables: DatasetDict) -> str:
 def _table_split(table: Dataset, inputs: str, label: str) -> Split:
     def ids(column: str) -> Sequence[Any]:
         if column not in table.features:
-            raise ValueError(
-                f"there is no column {column!r} (id-column); columns: {', '.join(table.features)}"
-            )
+            raise ValueError(f"there is no column {column!r} (id-column); columns: {', '.join(table.features)}")
         return list(table.select_columns([column]).with_format(None)[:][column])
 
     return Split(columns.labels(table, label), columns.Inputs(table, inputs), ids)
@@ -239,9 +235,7 @@ def _not_loaded(dataset: str, location: str, error: Exception) -> str:
         tried = f"the folder or file {location}"
     else:
         mirror = os.environ.get("FLEXFED_DATA") or "not set"
-        tried = (
-            f"the mirror named by the variable FLEXFED_DATA ({mirror}), the Hugging Face hub and its cache"
-        )
+        tried = f"the mirror named by the variable FLEXFED_DATA ({mirror}), the Hugging Face hub and its cache"
     return (
         f"dataset {dataset!r} could not be loaded; tried {tried} ({type(error).__name__}: {error}). "
         'Without network use "digits", or give the absolute path of a folder with train-*.parquet and '

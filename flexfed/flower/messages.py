@@ -98,7 +98,14 @@ def read_job(content: RecordDict, layout: Layout, device: Device) -> Job:
     submodel = unpack(layout, cast(Any, content.config_records["submodel"]))
     part = unflatten(layout, submodel, from_array(content.array_records["arrays"]["part"]))
     own = {k.removeprefix("method."): v for k, v in config.items() if k.startswith("method.")}
-    return Job(submodel, part, device, cast(Any, own), int(cast(int, config["seed"])), int(cast(int, config["round"])))
+    return Job(
+        submodel,
+        part,
+        device,
+        cast(Any, own),
+        int(cast(int, config["seed"])),
+        int(cast(int, config["round"])),
+    )
 
 
 def update_content(update: Update) -> RecordDict:
@@ -107,7 +114,9 @@ def update_content(update: Update) -> RecordDict:
         {
             "arrays": ArrayRecord({"part": to_array(update.difference)}),
             "submodel": ConfigRecord(cast(Any, pack(update.submodel))),
-            "metrics": MetricRecord({"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}),
+            "metrics": MetricRecord(
+                {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
+            ),
         }
     )
 

@@ -143,9 +143,7 @@ def strict_ratios(scores: np.ndarray, target: float, size: Size, names: Sequence
     return ratios(scores, 100 / low)
 
 
-def build_pool(
-    scores: np.ndarray, size: Size, config: FlexFLConfig, names: Sequence[str] = ()
-) -> list[np.ndarray]:
+def build_pool(scores: np.ndarray, size: Size, config: FlexFLConfig, names: Sequence[str] = ()) -> list[np.ndarray]:
     """Ratios of each level, smallest first, nested; L's are all 1.
 
     `scores` are keep-scores, `size` takes widths as `flexfed.select.ratio_widths`, `names` are for errors.
@@ -208,9 +206,7 @@ def teacher_levels(level: int, config: FlexFLConfig) -> tuple[int, ...]:
     return tuple(j for j in range(level) if config.kd_teachers == "all" or j in MAIN_LEVELS)
 
 
-def kd_loss(
-    student: Tensor, teachers: Sequence[Tensor], temperature: float, weight: float, reduction: str
-) -> Tensor:
+def kd_loss(student: Tensor, teachers: Sequence[Tensor], temperature: float, weight: float, reduction: str) -> Tensor:
     """Divergence from l teachers: weight / l * sum_j T^2 / D * sum_bc q_j (ln q_j - ln p); 0 without any.
 
     Logits are (batch, classes), teachers' taken as constants; D = batch * classes ("literal") or batch.
@@ -224,9 +220,7 @@ def kd_loss(
     return weight * temperature**2 / (divisor * max(len(teachers), 1)) * total
 
 
-def distillation_loss(
-    student: Tensor, labels: Tensor, teachers: Sequence[Tensor], config: FlexFLConfig
-) -> Tensor:
+def distillation_loss(student: Tensor, labels: Tensor, teachers: Sequence[Tensor], config: FlexFLConfig) -> Tensor:
     """Cross-entropy, always of weight 1, plus `kd_loss`; without teachers cross-entropy alone."""
     hard = F.cross_entropy(student, labels)
     if not teachers or config.kd_weight == 0:
@@ -264,9 +258,7 @@ class Teacher:
     def __init__(self, task: Task, student: Submodel, level: Submodel):
         shapes = narrow_shapes(task.layout, level)
         self._skeleton = use_batch_statistics(resize(build_on_meta(task.factory), shapes)).eval()
-        self._places = {
-            name: _selector(relative_positions(task.layout, student, level, name)) for name in shapes
-        }
+        self._places = {name: _selector(relative_positions(task.layout, student, level, name)) for name in shapes}
 
     @torch.no_grad()
     def __call__(self, student: nn.Module, inputs: Tensor) -> Tensor:

@@ -42,10 +42,20 @@ def measure_scores(task: Task, server: ServerData, seed: int) -> tuple[float, ..
     torch.manual_seed(seed)
     model = use_batch_statistics(task.factory())
     settings = Training(
-        optimizer="adam", weight_decay=0.0, batch_size=method.pretrain_batch_size, local_epochs=1, drop_last=False
+        optimizer="adam",
+        weight_decay=0.0,
+        batch_size=method.pretrain_batch_size,
+        local_epochs=1,
+        drop_last=False,
     )
     if method.pretrain_epochs:
-        fit(model, train, replace(settings, local_epochs=method.pretrain_epochs), method.pretrain_learning_rate, rng)
+        fit(
+            model,
+            train,
+            replace(settings, local_epochs=method.pretrain_epochs),
+            method.pretrain_learning_rate,
+            rng,
+        )
     statistics = apoz(model, [batch.inputs for batch in batches(held_out, _MEASURE_BATCH)])
     groups = ratio_groups(task.layout, model)
     units = relu_units(task.factory, task.layout, task.input_shape)
@@ -56,9 +66,13 @@ def split(samples: Samples, rng: np.random.Generator) -> tuple[Samples, Samples]
     """Shuffle and divide: 80 % to train on, 20 % to measure on."""
     num = len(samples.labels)
     if num < 10:
-        raise ValueError(f"FlexFL needs at least 10 proxy samples to pre-train and measure APoZ, got {num}; "
-                         "raise proxy-fraction, or pass flexfl.scores")
+        raise ValueError(
+            f"FlexFL needs at least 10 proxy samples to pre-train and measure APoZ, got {num}; "
+            "raise proxy-fraction, or pass flexfl.scores"
+        )
     order = torch.from_numpy(rng.permutation(num))
     cut = int(_TRAIN_SHARE * num)
     train, held_out = order[:cut], order[cut:]
-    return Samples(samples.inputs[train], samples.labels[train]), Samples(samples.inputs[held_out], samples.labels[held_out])
+    return Samples(samples.inputs[train], samples.labels[train]), Samples(
+        samples.inputs[held_out], samples.labels[held_out]
+    )

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
@@ -89,11 +90,9 @@ class HeteroFLConfig:
 
     def _check_ratios(self) -> None:
         r = self.ratios
-        falling = all(a > b for a, b in zip(r, r[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(r))
         if not 1 <= len(r) <= len(LEVELS) or not falling or not (r[-1] > 0 and r[0] <= 1):
-            raise ValueError(
-                f"{self.method}.ratios must fall from at most 1 to above 0, largest first, got {r}"
-            )
+            raise ValueError(f"{self.method}.ratios must fall from at most 1 to above 0, largest first, got {r}")
 
     def _check_choice(self, key: str, value: str, known: tuple[str, ...]) -> None:
         if value not in known:
@@ -157,16 +156,12 @@ def limit_classes(layout: Layout, submodel: Submodel, present: np.ndarray) -> Su
     for group in layout.fixed:
         span = layout.groups[group]
         if len(span) != len(present):
-            raise ValueError(
-                f"group {group!r} has {len(span)} class outputs, but labels of {len(present)} classes"
-            )
+            raise ValueError(f"group {group!r} has {len(span)} class outputs, but labels of {len(present)} classes")
         units[span.start : span.stop] &= present
     return replace(submodel, units=units)
 
 
-def masked_cross_entropy(
-    logits: Tensor, targets: Tensor, labels_present: Tensor, fill: Fill = "zero"
-) -> Tensor:
+def masked_cross_entropy(logits: Tensor, targets: Tensor, labels_present: Tensor, fill: Fill = "zero") -> Tensor:
     """Cross-entropy (batch mean) in which classes that the client does not hold get no gradient.
 
     Args:
@@ -185,9 +180,7 @@ def masked_cross_entropy(
         got = f"{labels_present.dtype} of shape {tuple(labels_present.shape)}"
         raise ValueError(f"labels_present must be bool of shape {tuple(logits.shape[1:])}, got {got}")
     if not labels_present[targets].all():
-        raise ValueError(
-            "a target's class is absent in labels_present; expected every label of the client there"
-        )
+        raise ValueError("a target's class is absent in labels_present; expected every label of the client there")
     value = 0.0 if fill == "zero" else -torch.inf
     return functional.cross_entropy(logits.masked_fill(~labels_present, value), targets)
 
@@ -196,7 +189,7 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train the part with the scaler and the masked loss; send back the classifier rows of classes held."""
     method: HeteroFLConfig = task.method
     present = np.zeros(task.num_classes, dtype=bool)
-    present[data.train.labels.unique().numpy()] = True
+    present[data.train.labels.numpy()] = True
     held = torch.from_numpy(present)
 
     def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Comparisons: who may be compared, means over seeds, paired differences, tables."""
+
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from flexfed.compare import (
+    Comparison,
+    Row,
+    comparable,
+    compare_runs,
+    find_comparable,
+    load_runs,
+    mean_and_deviation,
+    paired_differences,
+)
+from flexfed.runs import Run, RunFolder, load_run, summarise
+from flexfed.tables import tables, to_markdown, to_text
+
+CONFIG = {"strategy": "flexfl", "dataset": "digits", "seed": 1, "runs-dir": "/x", "flexfl.kd-weight": 10}
+
+
+def run(strategy="flexfl", seed=1, accuracy=0.5, config=None, name="r", **metrics):
+    values = {**CONFIG, "strategy": strategy, "seed": seed, **(config or {})}
+    rounds = [{"round": 1, "accuracy": accuracy, "bytes-up": 1000, **metrics}]
+    return Run(Path(name), values, rounds, {}, summarise(rounds, {"seed": seed, "clients": 20}))
+
+
+def row(name, *accuracies, seeds=(1, 2, 3)):
+    return Row(name, {seed: run(seed=seed, accuracy=a) for seed, a in zip(seeds, accuracies, strict=False)})
+
+
+# --- who may be compared ------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_the_method_only_are_comparable():
+    other = {"runs-dir": "/y", "flexfl.kd-weight": 3, "ratio-policy": "p-ucbv", "torch-threads": 2}
+    assert comparable(run(), run("exclusive", config=other))
+
+
+@pytest.mark.parametrize("change", [{"dataset": "x"}, {"seed": 2}, {"learning-rate": 1.0}])
+def test_runs_that_differ_in_more_are_not(change):
+    assert not comparable(run(), run("exclusive", config=change))
+
+
+def test_the_number_of_clients_counts_too():
+    one = run()
+    assert not comparable(one, replace(one, summary={**one.summary, "clients": 10}))
+
+
+def written(tmp_path, strategy, day, config=None, finished=True):
+    values = {**CONFIG, "strategy": strategy, **(config or {})}
+    folder = RunFolder.create(tmp_path, strategy, day, values, now=datetime(2026, 1, day))
+    folder.append_round({"round": 1, "accuracy": 0.5})
+    if finished:
+        folder.finish({}, {"strategy": strategy, "seed": values["seed"]})
+    return folder.path
+
+
+def test_find_comparable_takes_the_newest_finished_one(tmp_path):
+    written(tmp_path, "exclusive", 1)
+    wanted = written(tmp_path, "exclusive", 2)
+    written(tmp_path, "exclusive", 3, {"seed": 9})
+    written(tmp_path, "exclusive", 4, finished=False)
+    written(tmp_path, "small", 5)
+    mine = load_run(written(tmp_path, "flexfl", 6))
+    assert find_comparable(mine).path == wanted
+    assert find_comparable(load_run(wanted)) is None
+    assert find_comparable(mine, "heterofl") is None
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, pytest.approx(2.6457513))
+    assert mean_and_deviation([2.0]) == (2.0, None)
+    assert mean_and_deviation([]) == (None, None)
+
+
+def test_differences_are_paired_by_seed():
+    ours, base = row("a", 0.5, 0.75, 1.0), row("b", 0.25, 0.875, seeds=(1, 2))
+    assert paired_differences(ours, base, "accuracy") == {1: 0.25, 2: -0.125}
+    assert paired_differences(ours, base, "accuracy-S") == {}
+
+
+def test_pairing_does_not_depend_on_order():
+    ours = Row("a", {2: run(accuracy=0.5, seed=2), 1: run(accuracy=0.75)})
+    assert paired_differences(ours, row("b", 0.25, 0.25), "accuracy") == {1: 0.5, 2: 0.25}
+
+
+def cell(comparison, table, name, column):
+    found = tables(comparison)[table]
+    (line,) = (line for line in found.body if line[0] == name)
+    return line[found.head.index(column)]
+
+
+EXAMPLE = Comparison("t", [row("base", 0.80, 0.82, 0.84), row("new", 0.85, 0.82, 0.83)], "base", ["accuracy"])
+
+
+def test_tables_of_a_worked_example():
+    assert cell(EXAMPLE, 0, "base", "accuracy") == "82.0 ± 2.0 (82.0)"
+    assert cell(EXAMPLE, 0, "new", "seeds") == "3"
+    # Differences +5, 0, -1 points: mean 4/3, deviation sqrt(31/3).
+    assert cell(EXAMPLE, 1, "new", "accuracy") == "+1.3 ± 3.2 (+0-)"
+    assert cell(EXAMPLE, 2, "new", "sent back") == "1 kB"
+
+
+def test_one_seed_has_no_deviation_and_absent_metrics_are_dashes():
+    found = Comparison("t", [row("base", 0.8), row("new", 0.9), Row("none", {})], "base", ["accuracy", "loss"])
+    assert cell(found, 0, "base", "accuracy") == "80.0 (80.0)"
+    assert cell(found, 1, "new", "accuracy") == "+10.0 (+)"
+    assert cell(found, 0, "new", "loss") == "-"
+    assert cell(found, 1, "none", "accuracy") == "-"
+    assert cell(found, 2, "none", "sent back") == "-"
+
+
+def test_losses_are_no_percentages():
+    found = Comparison("t", [Row("a", {1: run(loss=0.25)})], None, ["loss"])
+    assert cell(found, 0, "a", "loss") == "0.250 (0.250)"
+    assert len(tables(found)) == 2
+
+
+def test_an_unknown_baseline_is_an_error():
+    with pytest.raises(ValueError, match="baseline 'x' is no row; rows: a"):
+        Comparison("t", [row("a", 0.5)], "x", ["accuracy"])
+
+
+# --- given runs ---------------------------------------------------------------------------------------------
+
+
+def test_given_runs_make_rows_by_configuration():
+    runs = [run(seed=1), run(seed=2), run("exclusive"), run(config={"flexfl.kd-weight": 0})]
+    found = compare_runs(runs)
+    assert [item.name for item in found.rows] == ["flexfl kd-weight=10", "exclusive", "flexfl kd-weight=0"]
+    assert sorted(found.rows[0].runs) == [1, 2]
+    assert (found.baseline, found.metrics, found.notes) == ("exclusive", ["accuracy"], [])
+
+
+def test_rows_that_differ_in_more_than_the_method_carry_a_note():
+    found = compare_runs([run(), run("exclusive", config={"dataset": "x"})])
+    assert found.notes == ["Rows differ in more than the method: dataset."]
+
+
+def test_knobs_of_other_methods_do_not_split_rows():
+    found = compare_runs([run("small", 1), run("small", 2, config={"flexfl.kd-weight": 1})])
+    assert [item.name for item in found.rows] == ["small"]
+
+
+def test_doubles_and_unfinished_runs_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="two runs of one configuration have seed 1: one and two"):
+        compare_runs([run(name="one"), run(name="two")])
+    with pytest.raises(ValueError, match="is not finished"):
+        load_runs([written(tmp_path, "small", 1, finished=False)])
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+def test_text_shows_all_tables():
+    text = to_text(replace(EXAMPLE, notes=["careful"]))
+    assert "82.0 ± 2.0 (82.0)" in text
+    assert "paired by seed" in text
+    assert text.endswith("Note: careful")
+
+
+def test_markdown_has_the_command_on_top():
+    lines = to_markdown(EXAMPLE, "flexfed compare suite.toml").splitlines()
+    assert lines[:5] == ["# t", "", "```", "flexfed compare suite.toml", "```"]
+    assert "| base | 3 | 82.0 ± 2.0 (82.0) |" in lines
+    assert "| new | +1.3 ± 3.2 (+0-) |" in lines
+
+
+def test_names_cannot_break_the_tables():
+    found = Comparison("t", [row("a|b [red]", 0.5)], None, ["accuracy"])
+    assert "| a\\|b [red] |" in to_markdown(found, "c")
+    assert "a|b [red]" in to_text(found)

@@ -1,0 +1,191 @@
+"""What people see of a run: lines, the final table, the picture, events."""
+
+import builtins
+from pathlib import Path
+
+import pytest
+
+from flexfed.curves import curves, spread
+from flexfed.report import (
+    EventWriter,
+    curves_png,
+    duration,
+    final_table,
+    level_names,
+    percent,
+    points,
+    round_line,
+    scaled,
+)
+from flexfed.runs import Run, summarise
+
+ROUNDS = [
+    {
+        "round": k,
+        "cohort": [1, 3, 5],
+        "trained": {"L": 1, "S": 2},
+        "accuracy": 0.5 + k / 10,
+        "accuracy-S": 0.4 + k / 10,
+        "accuracy-L": 0.5 + k / 10,
+        "accuracy-levels": 0.45 + k / 10,
+        "accuracy-worst-tenth": 0.25,
+        "loss": 1.0,
+        "bytes-down": 2_000_000,
+        "bytes-up": 1_000_000,
+        "macs": 3_000_000_000,
+        "modelled-seconds": 30.0,
+        "joules": 1500.0,
+        "refused": [],
+        "failed": [],
+    }
+    for k in (1, 2, 3)
+]
+FACTS = {"strategy": "flexfl", "model": "cnn", "dataset": "digits", "seed": 1, "wall-seconds": 4.0}
+
+
+def test_round_line_says_all_of_it():
+    line = round_line({**ROUNDS[0], "failed": [{}]}, 30, 2.34, 400)
+    assert line == (
+        "round  1/30  cohort  3  S:2 L:1  accuracy 60.0 %  loss 1.000  worst tenth 25.0 %  failed 1  2.3 s  7 min left"
+    )
+
+
+def test_round_line_of_an_empty_round():
+    assert round_line({"round": 2, "cohort": []}, 5, 0.1) == "round 2/5  cohort  0  accuracy      -  loss -  0.1 s"
+    assert "loss 0.700" in round_line({"round": 2, "train-loss": 0.7}, 5, 0.1)
+    assert "loss -" in round_line({"round": 2, "loss": None}, 5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (12345678, "12.3 MB"), (1_000_000, "1 MB"), (999_600, "1.00 MB"), (1.5e18, "1500 PB")],
+)
+def test_scaled(number, text):
+    assert scaled(number, "B") == text
+
+
+def test_small_formats():
+    assert [duration(x) for x in (4.24, 45, 720, 12600)] == ["4.2 s", "45 s", "12 min", "3.5 h"]
+    assert [percent(0.9125), percent(None), points(-0.021), points(None)] == ["91.2 %", "-", "-2.1", "-"]
+    assert [duration(None), scaled(None)] == ["-", "-"]
+
+
+def test_levels_are_in_order_of_size():
+    names = ["accuracy", "accuracy-L", "accuracy-M-", "accuracy-S", "accuracy-M", "accuracy-levels", "loss"]
+    assert level_names(names) == ["S", "M-", "M", "L"]
+    assert level_names(["accuracy-a", "accuracy-c", "accuracy-b", "accuracy-personal"]) == ["c", "b", "a"]
+
+
+def test_final_table_alone():
+    table = final_table(summarise(ROUNDS, FACTS), ROUNDS, path=Path("/runs/x"))
+    assert "flexfl · digits · cnn · seed 1 · 3 rounds" in table
+    assert table.splitlines()[-1] == "run folder: /runs/x"
+    row = next(line for line in table.splitlines() if line.startswith("level S"))
+    assert row.split() == ["level", "S", "70.0", "%", "60.0", "%", "70.0", "%"]
+    assert "sent to devices" in table
+    assert "6 MB" in table
+    assert "left out" not in table
+
+
+def other(**facts):
+    summary = summarise([{"round": 1, "accuracy": 0.65, "bytes-down": 9_000_000}], facts)
+    return Run(Path("o"), {"strategy": "exclusive"}, [], {}, summary)
+
+
+def test_final_table_against_weak_devices_left_out():
+    table = final_table(summarise(ROUNDS, FACTS), ROUNDS, other())
+    assert "left out" in table
+    whole = next(line for line in table.splitlines() if line.startswith("full-size"))
+    assert whole.split()[-3:] == ["65.0", "%", "+5.0"]
+    level = next(line for line in table.splitlines() if line.startswith("level S"))
+    assert level.split()[-2:] == ["-", "-"]
+    assert next(line for line in table.splitlines() if line.startswith("sent to")).split()[-2:] == ["9", "MB"]
+
+
+def test_final_table_fits_and_ignores_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    table = final_table(summarise(ROUNDS, FACTS), ROUNDS, other())
+    assert max(map(len, table.splitlines())) <= 100
+    assert "\x1b" not in table
+
+
+def test_final_table_of_a_run_without_rounds():
+    assert "0 rounds" in final_table(summarise([], FACTS), [])
+
+
+# --- picture ------------------------------------------------------------------------------------------------
+
+
+def test_curves_hold_levels_by_size_and_drop_the_double():
+    found = curves(ROUNDS)
+    assert [curve.label for curve in found] == ["level S", "level L"]
+    assert found[0].sent == (3e6, 6e6, 9e6)
+    assert found[0].values == pytest.approx((50, 60, 70))
+
+
+def test_curves_keep_a_full_model_of_its_own_and_count_bytes_of_rounds_without_evaluation():
+    rounds = [{"round": 1, "bytes-up": 5}, {"round": 2, "bytes-up": 5, "accuracy": 0.5, "accuracy-S": None}]
+    (whole,) = curves(rounds)
+    assert (whole.label, whole.rounds, whole.sent) == ("full model", (2,), (10,))
+
+
+@pytest.mark.parametrize("rounds", [[], ROUNDS[:1], ROUNDS, [{"round": 1}]], ids=["none", "one", "three", "empty"])
+def test_curves_png_is_a_picture(tmp_path, rounds):
+    curves_png(rounds, tmp_path / "curves.png", "title")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_curves_png_leaves_pyplot_alone(tmp_path):
+    from matplotlib import pyplot
+
+    curves_png(ROUNDS, tmp_path / "curves.png", "title")
+    assert pyplot.get_fignums() == []
+
+
+def test_spread_keeps_what_is_far_apart():
+    assert spread([0.9, 0.1, 0.5], 0.1) == pytest.approx([0.9, 0.1, 0.5])
+
+
+def test_spread_moves_neighbours_around_their_middle():
+    assert spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+    assert spread([0.50, 0.52, 0.51], 0.1) == pytest.approx([0.41, 0.61, 0.51])
+    assert spread([0.5, 0.5, 0.58], 0.1) == pytest.approx([0.42667, 0.52667, 0.62667], abs=1e-4)
+    assert spread([], 0.1) == []
+
+
+# --- events -------------------------------------------------------------------------------------------------
+
+
+def test_events_do_nothing_without_tensorboard(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    writer = EventWriter(tmp_path)
+    writer.add(ROUNDS[0])
+    writer.close()
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_events_hold_the_numbers_under_their_names():
+    class Recorder:
+        def __init__(self, folder):
+            self.scalars = []
+
+        def add_scalar(self, key, value, step):
+            self.scalars.append((key, value, step))
+
+        def flush(self):
+            pass
+
+    writer = EventWriter.__new__(EventWriter)
+    writer._writer = Recorder("x")
+    writer.add({"round": 3, "accuracy": 0.5, "cohort": [1], "loss": None})
+    assert writer._writer.scalars == [("accuracy", 0.5, 3)]

@@ -1,0 +1,201 @@
+"""Suites: reading them, knowing what is finished, running what is missing."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from flexfed import workers
+from flexfed.overrides import defaults
+from flexfed.suites import (
+    MARKER,
+    finished_folder,
+    load_suite,
+    mark_finished,
+    same_config,
+    suite_comparison,
+    suite_runs,
+)
+from flexfed.workers import child_command, run_missing
+
+ROOT = Path(__file__).parent.parent
+KNOWN = {"strategy": "flexfl", "seed": 1, "runs-dir": "~/runs", "num-server-rounds": 30, "flexfl.kd-weight": -1.0}
+SUITE = """
+name = "my suite"
+seeds = [1, 2]
+baseline = "exclusive"
+supernodes = 4
+metrics = ["accuracy"]
+[base]
+num-server-rounds = 3
+runs-dir = "runs"
+[[row]]
+name = "exclusive"
+strategy = "exclusive"
+[[row]]
+name = "flexfl, no KD"
+strategy = "flexfl"
+flexfl.kd-weight = 0
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    (tmp_path / "s.toml").write_text(SUITE)
+    return load_suite(tmp_path / "s.toml", KNOWN)
+
+
+def test_a_suite_is_its_rows_times_its_seeds(suite, tmp_path):
+    assert (suite.name, suite.seeds, suite.baseline, suite.supernodes) == ("my suite", (1, 2), "exclusive", 4)
+    assert suite.rows["flexfl, no KD"]["flexfl.kd-weight"] == 0
+    found = suite_runs(suite, KNOWN)
+    assert [run.name for run in found] == [
+        "exclusive seed 1",
+        "flexfl, no KD seed 1",
+        "exclusive seed 2",
+        "flexfl, no KD seed 2",
+    ]
+    last = found[-1]
+    assert last.folder == tmp_path / "runs" / "my-suite" / "flexfl-no-KD-seed2"
+    assert last.overrides["seed"] == 2
+    assert last.overrides["runs-dir"] == str(last.folder)
+    assert last.config == {**KNOWN, **last.overrides}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("seeds = [1, 2]", "sedes = [1]", r"s\.toml: unknown key 'sedes'; did you mean seeds\?"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be distinct whole numbers"),
+        ("seeds = [1, 2]", "seeds = [true]", "seeds must be distinct whole numbers"),
+        ('baseline = "exclusive"', 'baseline = "x"', "baseline 'x' is no row; rows: exclusive, flexfl, no KD"),
+        ("flexfl.kd-weight", "flexfl.kdweight", r"row 'flexfl, no KD': unknown configuration key"),
+        ('name = "flexfl, no KD"', 'name = "exclusive"', "two rows are called 'exclusive'"),
+        ('name = "flexfl, no KD"', "", r"every \[\[row\]\] needs a name"),
+        ("num-server-rounds = 3", "seed = 3", "the seed comes from `seeds`"),
+        (SUITE, "", r"has no \[\[row\]\]"),
+    ],
+)
+def test_mistakes_in_a_suite_are_named(old, new, match, tmp_path):
+    assert old in SUITE
+    (tmp_path / "s.toml").write_text(SUITE.replace(old, new))
+    with pytest.raises(ValueError, match=match):
+        load_suite(tmp_path / "s.toml", KNOWN)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "suites").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_suites_we_ship_fit_the_configuration(path):
+    known = defaults(ROOT)
+    assert suite_runs(load_suite(path, known), known)
+
+
+# --- what is finished ---------------------------------------------------------------------------------------
+
+
+def pretend_finished(run, name="20260101-000000-x-1", accuracy=0.5):
+    folder = run.folder / name
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(f'strategy = "x"\nseed = {run.seed}\n')
+    summary = {"seed": run.seed, "final": {"accuracy": accuracy}, "last10": {"accuracy": accuracy}, "best": {}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    mark_finished(run)
+    return folder
+
+
+def test_a_marked_run_counts_until_the_configuration_changes(suite):
+    run = suite_runs(suite, KNOWN)[0]
+    assert finished_folder(run) is None
+    folder = pretend_finished(run)
+    assert finished_folder(run) == folder
+    changed = suite_runs(suite, {**KNOWN, "strategy": "x", "learning-rate": 1.0})[0]
+    assert finished_folder(changed) is None
+    (folder / "summary.json").unlink()
+    assert finished_folder(run) is None
+
+
+def test_a_run_without_summary_cannot_be_marked(suite):
+    with pytest.raises(ValueError, match="no finished run in"):
+        mark_finished(suite_runs(suite, KNOWN)[0])
+
+
+def test_same_config_ignores_places_and_new_knobs_of_other_methods():
+    recorded = {"strategy": "flexfl", "runs-dir": "/a", "seed": 1, "flexfl.x": 1, "small.ratio": 0.5}
+    assert same_config(recorded, {**recorded, "runs-dir": "/b", "fedlps.y": 2})
+    assert not same_config(recorded, {**recorded, "flexfl.new": 2})
+    assert not same_config(recorded, {**recorded, "small.ratio": 0.25})
+    assert not same_config(recorded, {**recorded, "momentum": 0.9})
+
+
+def test_comparison_of_what_is_there(suite):
+    runs = suite_runs(suite, KNOWN)
+    for run in runs[:3]:
+        pretend_finished(run, accuracy=0.5 if run.row == "exclusive" else 0.75)
+    found = suite_comparison(suite, runs)
+    assert [(row.name, sorted(row.runs)) for row in found.rows] == [("exclusive", [1, 2]), ("flexfl, no KD", [1])]
+    assert found.notes == ["Seeds 1, 2; 4 devices.", "1 runs of the suite are missing."]
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, os, pathlib, sys, tomllib
+config = tomllib.loads(pathlib.Path(sys.argv[1]).read_text())
+print("threads", os.environ["OMP_NUM_THREADS"])
+if config["strategy"] == "flexfl" and config["seed"] == 1:
+    sys.exit("it broke")
+folder = pathlib.Path(config["runs-dir"]) / "20260101-000000-x-1"
+folder.mkdir()
+(folder / "config.toml").write_text("seed = 1")
+(folder / "summary.json").write_text("{}")
+"""
+
+
+def use_child(monkeypatch, code):
+    monkeypatch.setattr(
+        workers, "child_command", lambda run: [sys.executable, "-S", "-c", code, str(run.folder / "overrides.toml")]
+    )
+
+
+def test_what_is_missing_runs_and_a_failure_does_not_stop_the_rest(suite, tmp_path, monkeypatch):
+    use_child(monkeypatch, CHILD)
+    runs, done = suite_runs(suite, KNOWN), {}
+    failed = run_missing(runs, 2, tmp_path, lambda run, error: done.update({run.name: error}))
+    assert failed == 1
+    assert len(done) == 4
+    assert "exit code 1" in done["flexfl, no KD seed 1"]
+    assert "it broke" in done["flexfl, no KD seed 1"]
+    assert (runs[0].folder / "log.txt").read_text() == "threads 1\n"
+    again = []
+    run_missing(runs, 2, tmp_path, lambda run, error: again.append(run.name))
+    assert again == ["flexfl, no KD seed 1"]
+
+
+def test_a_child_that_leaves_no_run_has_failed(suite, tmp_path, monkeypatch):
+    use_child(monkeypatch, "")
+    errors = []
+    assert run_missing(suite_runs(suite, KNOWN)[:1], 1, tmp_path, lambda run, error: errors.append(error)) == 1
+    assert "no finished run" in errors[0]
+
+
+def test_ctrl_c_ends_the_children(suite, tmp_path, monkeypatch):
+    use_child(monkeypatch, CHILD.replace("print(", 'config["seed"] == 2 and __import__("time").sleep(60)\nprint('))
+
+    def interrupt(run, error):
+        raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_missing(suite_runs(suite, KNOWN), 4, tmp_path, interrupt)
+    assert time.monotonic() - start < 10
+    assert threading.active_count() == 1
+    assert not any((run.folder / MARKER).exists() for run in suite_runs(suite, KNOWN) if run.seed == 2)
+
+
+def test_the_child_is_our_own_command(suite):
+    command = child_command(suite_runs(suite, KNOWN)[0])
+    assert command[:6] == [sys.executable, "-m", "flexfed.cli", "run", "--in-process", "--supernodes"]
+    assert command[6] == "4"
+    assert command[-1].endswith("overrides.toml")
