@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from flexfed.compare import Comparison
     from flexfed.suites import SuiteRun
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 
 APP_DIR = Path(__file__).resolve().parent.parent
 RUNS_DIR = "~/.flexfed/runs"
-_OWN_CODE = ("flexfed", "strategies", "server_app.py", "client_app.py")
 
 Config = Annotated[
     list[str] | None,
@@ -45,9 +42,7 @@ InProcess = Annotated[
 
 
 @app.command()
-def run(
-    config: Config = None, supernodes: Supernodes = 20, cpus: Cpus = None, in_process: InProcess = False
-) -> None:
+def run(config: Config = None, supernodes: Supernodes = 20, cpus: Cpus = None, in_process: InProcess = False) -> None:
     """Run one experiment; exits with 1 when it failed."""
     with _errors():
         app_dir = require_app(APP_DIR)
@@ -56,12 +51,8 @@ def run(
 
             raise typer.Exit(run_simulation(app_dir, config or [], supernodes, cpus))
         if cpus is not None:
-            raise ValueError(
-                "--cpus has no effect with --in-process, which trains one client after the other"
-            )
-        raise typer.Exit(
-            _run_in_process(app_dir, parse_overrides(config or [], defaults(app_dir)), supernodes)
-        )
+            raise ValueError("--cpus has no effect with --in-process, which trains one client after the other")
+        raise typer.Exit(_run_in_process(app_dir, parse_overrides(config or [], defaults(app_dir)), supernodes))
 
 
 def _run_in_process(app_dir: Path, overrides: Mapping[str, Scalar], supernodes: int) -> int:
@@ -96,18 +87,14 @@ def load_runner(app_dir: Path) -> Callable[[Mapping[str, Scalar], int], Path]:
     module = importlib.import_module("server_app")
     found = Path(str(module.__file__)).resolve().parent
     if found != app_dir.resolve():
-        raise ValueError(
-            f"expected server_app from {app_dir}, got the one in {found}; start Python without it"
-        )
+        raise ValueError(f"expected server_app from {app_dir}, got the one in {found}; start Python without it")
     runner: Callable[[Mapping[str, Scalar], int], Path] = module.run_in_process
     return runner
 
 
 @app.command()
 def compare(
-    targets: Annotated[
-        list[str], typer.Argument(metavar="SUITE.toml | RUN...", help="A suite, or run folders.")
-    ],
+    targets: Annotated[list[str], typer.Argument(metavar="SUITE.toml | RUN...", help="A suite, or run folders.")],
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs of a suite at the same time; default: all CPUs.")
     ] = None,
@@ -203,9 +190,7 @@ def _num_cpus() -> int:
 
 @app.command()
 def runs(
-    runs_dir: Annotated[
-        str | None, typer.Option(help=f"Where to look; default: runs-dir, else {RUNS_DIR}.")
-    ] = None,
+    runs_dir: Annotated[str | None, typer.Option(help=f"Where to look; default: runs-dir, else {RUNS_DIR}.")] = None,
 ) -> None:
     """List run folders, those of suites included: time, strategy, data set, seed, final accuracy, path."""
     from flexfed.runs import find_runs
@@ -218,9 +203,7 @@ def runs(
         lines = [("time", "strategy", "data set", "seed", "accuracy", "path"), *map(_describe, folders)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
-            typer.echo(
-                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            )
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _default_runs_dir() -> str:
@@ -267,10 +250,12 @@ def _errors() -> Iterator[None]:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it and wrote its text for people; else it is a bug: keep the traceback."""
-    frames: list[Any] = traceback.extract_tb(error.__traceback__)
-    path = Path(frames[-1].filename).resolve()
-    return path.is_relative_to(APP_DIR) and path.relative_to(APP_DIR).parts[0] in _OWN_CODE
+    """Whether a `raise` of ours made it, so that its text is for people; else it is a bug: keep the traceback."""
+    last: Any = traceback.extract_tb(error.__traceback__)[-1]
+    path = Path(last.filename).resolve()
+    rooms = (Path(__file__).resolve().parent, APP_DIR / "strategies")
+    ours = path.parent == APP_DIR or any(path.is_relative_to(room) for room in rooms)
+    return ours and str(last.line).startswith("raise ")
 
 
 def main() -> None:

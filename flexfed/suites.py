@@ -14,7 +14,7 @@ from flexfed.overrides import Scalar, check_known, flatten, near_matches, read_t
 from flexfed.runs import find_runs, load_run, write_atomic
 
 MARKER = "finished.json"
-_KEYS = {"name", "seeds", "baseline", "supernodes", "metrics", "base", "row"}
+_KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "base", "row")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
         ValueError: a key, row or seed is missing, doubled or unknown; the message names the file and the row.
     """
     table = read_toml(path)
-    for key in table.keys() - _KEYS:
-        hint = ", ".join(near_matches(key, _KEYS)) or ", ".join(sorted(_KEYS))
-        raise ValueError(f"{path.name}: unknown key {key!r}; did you mean {hint}?")
+    for key in table.keys() - set(_KEYS):
+        near = near_matches(key, _KEYS) or _KEYS
+        raise ValueError(f"{path.name}: unknown key {key!r}; did you mean {', '.join(near)}?")
     seeds = tuple(table.get("seeds", (1,)))
     if not seeds or len(set(seeds)) != len(seeds) or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"{path.name}: seeds must be distinct whole numbers, got {list(seeds)}")
@@ -190,7 +190,7 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
         else:
             found[run.row][run.seed] = load_run(folder)
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
-    notes += [f"{missing} runs of the suite are missing."] if missing else []
+    notes += [f"Runs still missing: {missing}."] if missing else []
     return Comparison(
         suite.name, [Row(*item) for item in found.items()], suite.baseline, suite.metrics, notes
     )

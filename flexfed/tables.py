@@ -100,14 +100,13 @@ def to_text(comparison: Comparison, width: int = 120) -> str:
 
 def _drawn(table: TextTable) -> Table:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     drawn = Table(*table.head, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in drawn.columns[1:]:
         column.justify = "right"
     for cells in table.body:
-        drawn.add_row(*map(escape, cells))
+        drawn.add_row(*cells)
     return drawn
 
 
