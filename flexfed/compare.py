@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexfed.overrides import Scalar
-from flexfed.runs import Run, find_runs, load_run
+from flexfed.runs import DEVICE_MEANS, Run, find_runs, load_run
 
 # Keys that say which method runs, where files lie and how the machine is used: not what is compared on.
 METHOD_KEYS = frozenset({"strategy", "ratio-policy"})
@@ -70,6 +70,10 @@ class Row:
         found = {seed: _summary(run)[part].get(metric) for seed, run in sorted(self.runs.items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def leaves_devices_out(self, metric: str) -> bool:
+        """Whether a mean over devices is one over the strong devices only."""
+        return metric in DEVICE_MEANS and any(run.config.get("strategy") == "exclusive" for run in self.runs.values())
+
     def mean_total(self, key: str) -> float | None:
         """Mean over seeds of a total, such as bytes-up."""
         found = [_summary(run)[key] for run in self.runs.values() if _summary(run).get(key) is not None]
@@ -116,8 +120,11 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float | None, float | N
 def paired_differences(row: Row, baseline: Row, metric: str) -> dict[int, float]:
     """Seed -> the row's mean of the last ten rounds minus the baseline's, for the seeds that both have.
 
-    Pairing takes out what a seed does to every method alike: the partition, the start, the cohorts.
+    Pairing takes out what a seed does to every method alike: the partition, the start, the cohorts. There is no
+    difference where only one of the two leaves weak devices out of the metric.
     """
+    if row.leaves_devices_out(metric) != baseline.leaves_devices_out(metric):
+        return {}
     ours, theirs = row.values("last10", metric), baseline.values("last10", metric)
     return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
 
@@ -136,13 +143,9 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
         group = groups.setdefault(_variant(run), {})
         seed = int(_summary(run).get("seed", run.config.get("seed", 0)))
         if seed in group:
-            raise ValueError(
-                f"two runs of one configuration have seed {seed}: {group[seed].path} and {run.path}"
-            )
+            raise ValueError(f"two runs of one configuration have seed {seed}: {group[seed].path} and {run.path}")
         group[seed] = run
-    rows = [
-        Row(name, by_seed) for name, by_seed in zip(_row_names(list(groups)), groups.values(), strict=True)
-    ]
+    rows = [Row(name, by_seed) for name, by_seed in zip(_row_names(list(groups)), groups.values(), strict=True)]
     if baseline is None and any(row.name == "exclusive" for row in rows):
         baseline = "exclusive"
     return Comparison("runs", rows, baseline, _accuracies(runs), _notes(rows))
@@ -151,11 +154,7 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
 def _variant(run: Run) -> tuple[tuple[str, Scalar], ...]:
     """What makes a row: shared keys but the seed, and the method's own."""
     own = f"{run.config.get('strategy')}."
-    keys = [
-        key
-        for key in run.config
-        if key not in PLACE_KEYS | {"seed"} and ("." not in key or key.startswith(own))
-    ]
+    keys = [key for key in run.config if key not in PLACE_KEYS | {"seed"} and ("." not in key or key.startswith(own))]
     return tuple((key, run.config[key]) for key in sorted(keys))
 
 
@@ -172,8 +171,11 @@ def _row_names(variants: Sequence[tuple[tuple[str, Scalar], ...]]) -> list[str]:
 
 
 def _accuracies(runs: Sequence[Run]) -> list[str]:
-    names = {name for run in runs for name in _summary(run)["last10"] if name.startswith("accuracy")}
-    return sorted(names)
+    """The accuracies that all runs have; levels have other names in every method."""
+    if not runs:
+        raise ValueError("no runs to compare")
+    names = set.intersection(*(set(_summary(run)["last10"]) for run in runs))
+    return sorted(name for name in names if name.startswith("accuracy"))
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

@@ -61,9 +61,7 @@ def _measured(rounds: Sequence[Metrics], key: str, label: str) -> Curve:
     """The rounds in which a metric was measured; bytes count in all of them."""
     sent = accumulate((line.get("bytes-down") or 0) + (line.get("bytes-up") or 0) for line in rounds)
     points = [
-        (line["round"], total, 100 * line[key])
-        for line, total in zip(rounds, sent, strict=True)
-        if _has(line, key)
+        (line["round"], total, 100 * line[key]) for line, total in zip(rounds, sent, strict=True) if _has(line, key)
     ]
     columns = tuple(zip(*points, strict=True)) or ((), (), ())
     return Curve(label, *columns)
@@ -186,17 +184,10 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     order = sorted(range(len(heights)), key=lambda place: heights[place])
     for place in order:
         blocks.append([place])
-        while (
-            len(blocks) > 1
-            and _bottom(blocks[-1], heights, gap) - _top(blocks[-2], heights, gap) < gap - 1e-12
-        ):
+        while len(blocks) > 1 and _bottom(blocks[-1], heights, gap) - _top(blocks[-2], heights, gap) < gap - 1e-12:
             block = blocks.pop()
             blocks[-1] += block
-    placed = {
-        place: _bottom(block, heights, gap) + gap * step
-        for block in blocks
-        for step, place in enumerate(block)
-    }
+    placed = {place: _bottom(block, heights, gap) + gap * step for block in blocks for step, place in enumerate(block)}
     return [placed[place] for place in range(len(heights))]
 
 

@@ -73,13 +73,17 @@ class Flower:
         return answer
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)  # a log that waits in a buffer is no log
+
+
 def run_simulation(
     app_dir: Path,
     overrides: Sequence[str] = (),
     supernodes: int = 20,
     cpus: int | None = None,
     bin_dir: Path | None = None,
-    echo: Echo = print,
+    echo: Echo = _say,
 ) -> int:
     """What `flexfed run` does: start Flower, run the app, show its log, stop Flower.
 
@@ -126,9 +130,7 @@ def private_flower(bin_dir: Path) -> Iterator[Flower]:
     """A Flower of our own on free ports while the block lasts; its processes are gone afterwards."""
     program = bin_dir / "flwr"
     if not program.exists():
-        raise LaunchError(
-            f"no `flwr` in {bin_dir}; install the dependencies into this Python: pip install -e ."
-        )
+        raise LaunchError(f"no `flwr` in {bin_dir}; install the dependencies into this Python: pip install -e .")
     home = Path(tempfile.mkdtemp(prefix="flexfed-"))
     (home / "cwd").mkdir()  # Ray's workers import from the working directory first, so it must be empty
     try:

@@ -49,9 +49,7 @@ def nest(flat: Mapping[str, Scalar]) -> dict[str, Any]:
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
-                raise ValueError(
-                    f"configuration key {key!r} needs {parent!r} to be a table, but it has a value"
-                )
+                raise ValueError(f"configuration key {key!r} needs {parent!r} to be a table, but it has a value")
         table[name] = flat[key]
     return tables
 
@@ -72,9 +70,7 @@ def defaults(app_dir: Path) -> dict[str, Scalar]:
     return flatten(project.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {}))
 
 
-def parse_overrides(
-    texts: Iterable[str], known: Mapping[str, Scalar], folder: Path | None = None
-) -> dict[str, Scalar]:
+def parse_overrides(texts: Iterable[str], known: Mapping[str, Scalar], folder: Path | None = None) -> dict[str, Scalar]:
     """What the `-c` options say, as flat keys; later ones win.
 
     Reads what `flwr run -c` reads: `key=value` pairs with quoted strings, or the path of a TOML
@@ -135,14 +131,11 @@ def check_known(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> No
     for key, value in values.items():
         if key not in known:
             near = near_matches(key, known)
-            hint = (
-                f"did you mean {', '.join(near)}?" if near else "see [tool.flwr.app.config] in pyproject.toml"
-            )
+            hint = f"did you mean {', '.join(near)}?" if near else "see [tool.flwr.app.config] in pyproject.toml"
             raise ValueError(f"unknown configuration key {key!r}; {hint}")
         if _kind(value) != _kind(known[key]):
             raise ValueError(
-                f"{key} must be {_kind(known[key])} (its default is {known[key]!r}), "
-                f"got {_kind(value)}: {value!r}"
+                f"{key} must be {_kind(known[key])} (its default is {known[key]!r}), got {_kind(value)}: {value!r}"
             )
 
 

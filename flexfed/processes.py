@@ -38,9 +38,7 @@ def _from_proc(proc: Path, mark: str) -> set[int]:
 
 def _from_ps(mark: str) -> set[int]:
     """For systems without /proc, such as macOS, whose ps shows the environment behind the command."""
-    listing = subprocess.run(
-        ["ps", "-axwwE", "-o", "pid=,command="], capture_output=True, text=True, check=True
-    )
+    listing = subprocess.run(["ps", "-axwwE", "-o", "pid=,command="], capture_output=True, text=True, check=True)
     rows = (line.split(maxsplit=1) for line in listing.stdout.splitlines())
     return {int(row[0]) for row in rows if len(row) == 2 and mark in row[1].split(" ")}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexfed.runs import Metrics, Run, quality_metrics, title_of
+from flexfed.runs import DEVICE_MEANS, Metrics, Run, quality_metrics, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -167,11 +167,19 @@ def _accuracy_table(summary: Mapping[str, Any], names: Sequence[str], other: Run
     for name in names:
         cells = [percent(summary[part].get(name)) for part in ("final", "last10", "best")]
         if other:
-            mine, theirs = summary["last10"].get(name), (other.summary or {})["last10"].get(name)
+            mine, theirs = summary["last10"].get(name), _comparable_value(other, name)
             both = mine is not None and theirs is not None
             cells += [percent(theirs), points(mine - theirs) if both else "-"]
         table.add_row(_NAMES.get(name, f"level {name.removeprefix('accuracy-')}"), *cells)
     return table
+
+
+def _comparable_value(other: Run, name: str) -> float | None:
+    """The other run's mean of the last ten rounds, where it was measured on the same devices."""
+    if name in DEVICE_MEANS and other.config.get("strategy") == "exclusive":
+        return None
+    value: float | None = (other.summary or {})["last10"].get(name)
+    return value
 
 
 def _other_name(other: Run) -> str:

@@ -19,6 +19,9 @@ Metrics = Mapping[str, Any]  # one round's line of metrics.jsonl
 
 # Summed over the rounds; everything else that is a number is a quality of the model at that round.
 TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "modelled-seconds", "joules")
+# Means over the devices that can hold a level at all. `exclusive` leaves the others out of them, and they are
+# the ones it fails, so these numbers of it stand beside no other method's.
+DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
 CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "time", "timestamp"})
 
@@ -97,9 +100,7 @@ class RunFolder:
         if not isinstance(metrics.get("round"), int):
             raise ValueError(f"metrics need the number of their round, got round={metrics.get('round')!r}")
         if clocks := CLOCK_KEYS & metrics.keys():
-            raise ValueError(
-                f"metrics.jsonl must not depend on the clock, got {sorted(clocks)}; use append_timing"
-            )
+            raise ValueError(f"metrics.jsonl must not depend on the clock, got {sorted(clocks)}; use append_timing")
         _append_line(self.path / "metrics.jsonl", metrics)
 
     def append_timing(self, server_round: int, seconds: float) -> None:

@@ -191,6 +191,4 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
             found[run.row][run.seed] = load_run(folder)
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
     notes += [f"Runs still missing: {missing}."] if missing else []
-    return Comparison(
-        suite.name, [Row(*item) for item in found.items()], suite.baseline, suite.metrics, notes
-    )
+    return Comparison(suite.name, [Row(*item) for item in found.items()], suite.baseline, suite.metrics, notes)

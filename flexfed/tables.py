@@ -42,10 +42,12 @@ def _accuracy_table(comparison: Comparison) -> TextTable:
         [row.name, str(len(row.runs)), *(_spread_cell(row, metric) for metric in comparison.metrics)]
         for row in comparison.rows
     ]
+    starred = any(row.leaves_devices_out(metric) for row in comparison.rows for metric in comparison.metrics)
     caption = (
         "Mean of the last ten rounds: mean over seeds ± standard deviation (n - 1); in brackets the last "
         "round. Accuracies in percent."
     )
+    caption += " * Without the devices too weak for the whole network: compare with no other row." * starred
     return TextTable(caption, ["method", "seeds", *comparison.metrics], body)
 
 
@@ -55,7 +57,8 @@ def _spread_cell(row: Row, metric: str) -> str:
     if mean is None:
         return "-"
     spread = "" if deviation is None else f" ± {_number(metric, deviation)}"
-    return f"{_number(metric, mean)}{spread} ({_number(metric, final)})"
+    star = "*" if row.leaves_devices_out(metric) else ""
+    return f"{_number(metric, mean)}{spread} ({_number(metric, final)}){star}"
 
 
 def _number(metric: str, value: float | None, sign: str = "") -> str:
@@ -104,7 +107,7 @@ def _drawn(table: TextTable) -> Table:
 
     drawn = Table(*table.head, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in drawn.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"
     for cells in table.body:
         drawn.add_row(*cells)
     return drawn

@@ -45,9 +45,7 @@ def run_missing(
     children = _Children()
     pool = ThreadPoolExecutor(workers)
     todo = [run for run in runs if finished_folder(run) is None]
-    futures: dict[Future[None], SuiteRun] = {
-        pool.submit(_run_one, run, app_dir, children): run for run in todo
-    }
+    futures: dict[Future[None], SuiteRun] = {pool.submit(_run_one, run, app_dir, children): run for run in todo}
     failed = 0
     try:
         for future in as_completed(futures):

@@ -123,6 +123,17 @@ def test_losses_are_no_percentages():
     assert len(tables(found)) == 2
 
 
+def test_exclusive_is_not_praised_for_the_devices_it_leaves_out():
+    worst = {"accuracy-worst-tenth": 0.9}
+    rows = [Row("base", {1: run("exclusive", **worst)}), Row("new", {1: run(**{"accuracy-worst-tenth": 0.2})})]
+    found = Comparison("t", rows, "base", ["accuracy", "accuracy-worst-tenth"])
+    assert cell(found, 0, "base", "accuracy-worst-tenth") == "90.0 (90.0)*"
+    assert cell(found, 0, "new", "accuracy-worst-tenth") == "20.0 (20.0)"
+    assert cell(found, 1, "new", "accuracy-worst-tenth") == "-"
+    assert "* Without the devices too weak" in to_markdown(found, "c")
+    assert "* Without" not in to_markdown(EXAMPLE, "c")
+
+
 def test_an_unknown_baseline_is_an_error():
     with pytest.raises(ValueError, match="baseline 'x' is no row; rows: a"):
         Comparison("t", [row("a", 0.5)], "x", ["accuracy"])
@@ -147,6 +158,13 @@ def test_rows_that_differ_in_more_than_the_method_carry_a_note():
 def test_knobs_of_other_methods_do_not_split_rows():
     found = compare_runs([run("small", 1), run("small", 2, config={"flexfl.kd-weight": 1})])
     assert [item.name for item in found.rows] == ["small"]
+
+
+def test_given_runs_show_the_accuracies_that_all_have():
+    runs = [run(**{"accuracy-S": 0.5, "accuracy-levels": 0.5}), run("exclusive", **{"accuracy-levels": 0.5})]
+    assert compare_runs(runs).metrics == ["accuracy", "accuracy-levels"]
+    with pytest.raises(ValueError, match="no runs to compare"):
+        compare_runs([])
 
 
 def test_doubles_and_unfinished_runs_are_errors(tmp_path):

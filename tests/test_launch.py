@@ -91,7 +91,8 @@ def launch(app, bin_dir, overrides=(), **kwargs):
 
 
 def test_a_good_run(app, tmp_path, finished):
-    log = f"echo 'INFO: round 1'; echo 'Starting logstream for run_id 42'; printf '\\033[92mrun folder: {finished}\\033[0m\\n'"
+    log = "echo 'INFO: round 1'; echo 'Starting logstream for run_id 42'; "
+    log += f"printf '\\033[92mrun folder: {finished}\\033[0m\\n'"
     bin_dir = fake(tmp_path, log=log)
     code, said = launch(app, bin_dir)
     assert code == 0
