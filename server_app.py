@@ -147,6 +147,7 @@ def _close(folder: RunFolder, strategy: SubmodelStrategy, final: Arrays) -> None
         "dataset": strategy.experiment.data.dataset,
         "seed": settings.seed,
         "clients": len(strategy.federation.devices),
+        "clients-testing": len(strategy.testers()),
         "parameters": num_parameters(layout, top),
     }
     summary = folder.finish(extract(layout, top, final), facts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from flexfed.jobs import Update
 from flexfed.methods.heterofl import limit_classes
 from flexfed.models import model_factory
 from flexfed.select import prefix_ratio, window
-from flexfed.submodel import Submodel, full, narrow_shapes, positions
+from flexfed.submodel import Submodel, as_slice, full, narrow_shapes, positions
 from flexfed.units import Arrays, Layout, trace_layout
 
 INPUT_SHAPE = (3, 32, 32)
@@ -25,7 +26,9 @@ NUM_CLASSES = 10
 RATES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 NUM_REPLIES = 100
 NUM_FULL = 20  # replies of full models, for Flower's FedAvg
-REPETITIONS = 7
+REPETITIONS = 9
+BOUND = 1.5
+MEMORY_BOUND = 3.0
 
 
 @lru_cache(maxsize=1)
@@ -42,30 +45,50 @@ def draw_model(layout: Layout) -> Arrays:
 
 def reply(layout: Layout, submodel: Submodel, number: int) -> RecordDict:
     """A client's reply as it comes out of a message, with bytes of its own."""
-    size = num_parameters(layout, submodel)
-    noise = np.resize(np.random.default_rng(number).standard_normal(1 << 16, dtype=np.float32), size)
-    return update_content(Update(submodel, noise, 10.0 + number % 7, {"train-loss": 1.0, "macs": 1e9}))
+    noise = np.random.default_rng(number).standard_normal(1 << 16, dtype=np.float32)
+    difference = np.resize(noise, num_parameters(layout, submodel))
+    return update_content(Update(submodel, difference, 10.0 + number % 7, {"train-loss": 1.0, "macs": 1e9}))
 
 
-def level(layout: Layout, number: int) -> Submodel:
-    """Rates in turn."""
+# Kinds of replies: what number so-and-so holds ------------------------------------------------------------
+
+
+def prefix(layout: Layout, number: int) -> Submodel:
+    """HeteroFL's levels in turn."""
     return prefix_ratio(layout, RATES[number % len(RATES)])
 
 
 def limited(layout: Layout, number: int) -> Submodel:
-    """Rates in turn, with the classifier rows of two labels only."""
+    """The same with the classifier rows of two labels only, other ones in every reply."""
     present = np.zeros(NUM_CLASSES, dtype=bool)
     present[np.random.default_rng(number).permutation(NUM_CLASSES)[:2]] = True
-    return limit_classes(layout, level(layout, number), present)
+    return limit_classes(layout, prefix(layout, number), present)
 
 
 def rolled(layout: Layout, number: int) -> Submodel:
-    """FedRolex windows in turn, of one round: they wrap around."""
+    """FedRolex's windows of one round, in turn; they wrap around."""
     return window(layout, RATES[number % len(RATES)], start=37)
 
 
+def scattered(layout: Layout, number: int) -> Submodel:
+    """Windows that begin elsewhere in every reply: hardly two alike."""
+    return window(layout, RATES[number % len(RATES)], start=number)
+
+
+Kind = Callable[[Layout, int], Submodel]
+KINDS: dict[str, Kind] = {
+    "prefixes": prefix,
+    "label-limited rows": limited,
+    "rolling windows": rolled,
+    "windows all different": scattered,
+}
+
+
+# Time -----------------------------------------------------------------------------------------------------
+
+
 def fold(layout: Layout, previous: Arrays, contents: Iterator[RecordDict]) -> Arrays:
-    """What the server does with its replies: parse, check, weigh, add, result."""
+    """What the server does with its replies: parse, check, weigh, add, take the mean."""
     averager = Averager(layout, previous)
     for content in contents:
         update = read_update(content, layout)
@@ -73,72 +96,63 @@ def fold(layout: Layout, previous: Arrays, contents: Iterator[RecordDict]) -> Ar
     return averager.result()
 
 
-class SliceAdd:
-    """The yardstick: adds the same bytes tensor by tensor into a full model, without parsing or weights."""
+Plan = list[tuple[str, tuple[int, ...], tuple[slice | np.ndarray, ...]]]  # tensor, its narrow shape, its place
 
-    def __init__(self, layout: Layout, submodels: list[Submodel], contents: list[RecordDict]):
-        self.into = {name: np.zeros(shape, dtype=np.float32) for name, shape in layout.shapes.items()}
-        self.steps = [self._steps(layout, s, c) for s, c in zip(submodels, contents, strict=True)]
 
-    def _steps(self, layout: Layout, submodel: Submodel, content: RecordDict) -> list[tuple[np.ndarray, ...]]:
-        """(view into the full model, rows or None, values) of every tensor."""
-        flat, stop, steps = from_array(content.array_records["arrays"]["part"]), 0, []
-        for name, shape in narrow_shapes(layout, submodel).items():
-            start, stop = stop, stop + int(np.prod(shape))
-            steps.append((*self._place(layout, submodel, name), flat[start:stop].reshape(shape)))
-        return steps
+def plan(layout: Layout, submodel: Submodel) -> Plan:
+    """Where every tensor of a part goes; made before the clock starts."""
+    shapes = narrow_shapes(layout, submodel)
+    return [(name, shape, _place(layout, submodel, name)) for name, shape in shapes.items()]
 
-    def _place(self, layout: Layout, submodel: Submodel, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        view, rows = self.into[name], None
-        for axis, kept in enumerate(positions(layout, submodel, name)):
-            if kept is not None and axis == 0 and kept[-1] != len(kept) - 1:
-                rows = kept  # classifier rows of some labels
-            elif kept is not None:
-                view = view[(slice(None),) * axis + (slice(len(kept)),)]
-        return view, rows
 
-    def __call__(self) -> None:
-        """Add every reply."""
-        for steps in self.steps:
-            for view, rows, values in steps:
-                if rows is None:
-                    view += values
-                else:
-                    view[rows] += values
+def _place(layout: Layout, submodel: Submodel, name: str) -> tuple[slice | np.ndarray, ...]:
+    kept = positions(layout, submodel, name)
+    runs = [slice(None) if index is None else as_slice(index) for index in kept]
+    return tuple(run if run is not None else index for run, index in zip(runs, kept, strict=True))  # type: ignore[misc]
+
+
+def slice_add(layout: Layout, plans: Sequence[Plan], flats: Sequence[np.ndarray]) -> Arrays:
+    """The yardstick: the same bytes added slice by slice to zeros, neither parsed, checked, weighed nor divided."""
+    into = {name: np.zeros(shape, dtype=np.float32) for name, shape in layout.shapes.items()}
+    for steps, flat in zip(plans, flats, strict=True):
+        start = 0
+        for name, shape, where in steps:
+            stop = start + math.prod(shape)
+            into[name][where] += flat[start:stop].reshape(shape)
+            start = stop
+    return into
 
 
 def against_slice_add(kind: str) -> Row:
-    """100 replies of five rates: the Averager's time over the slice-add's, start to result."""
-    layout, make = resnet_layout(), {"prefixes": level, "label-limited rows": limited}[kind]
-    submodels = [make(layout, number) for number in range(NUM_REPLIES)]
+    """100 replies of five rates: the Averager's time over the slice-add's."""
+    layout = resnet_layout()
+    submodels = [KINDS[kind](layout, number) for number in range(NUM_REPLIES)]
     contents = [reply(layout, submodel, number) for number, submodel in enumerate(submodels)]
-    previous, bare = draw_model(layout), SliceAdd(layout, submodels, contents)
+    previous, plans = draw_model(layout), [plan(layout, submodel) for submodel in submodels]
+    flats = [from_array(content.array_records["arrays"]["part"]) for content in contents]
     seconds = interleaved(
-        {"ours": lambda: fold(layout, previous, iter(contents)), "bare": bare}, REPETITIONS
+        {
+            "ours": lambda: fold(layout, previous, iter(contents)),
+            "bare": lambda: slice_add(layout, plans, flats),
+        },
+        REPETITIONS,
     )
-    detail = f"{_per_reply(seconds['ours'])} a reply, bare {_per_reply(seconds['bare'])}"
-    return Row(f"folding, {kind}: Averager / slice-add", seconds["ours"] / seconds["bare"], "x", 1.5, detail)
-
-
-def _per_reply(seconds: float, num: int = NUM_REPLIES) -> str:
-    return f"{1e3 * seconds / num:.2f} ms"
+    return _row(f"100 replies, {kind}: Averager / slice-add", seconds, NUM_REPLIES, BOUND)
 
 
 def against_flower() -> Row:
-    """20 replies of full models: Flower's FedAvg and the Averager, time and what each holds."""
+    """20 replies of full models: the Averager's time over that of Flower's FedAvg."""
     layout, previous = resnet_layout(), draw_model(resnet_layout())
     contents = [reply(layout, full(layout), number) for number in range(NUM_FULL)]
     theirs = [_flower_reply(previous, number) for number in range(NUM_FULL)]
     seconds = interleaved(
         {
             "ours": lambda: fold(layout, previous, iter(contents)),
-            "flower": lambda: aggregate_arrayrecords(theirs, "num-examples"),
+            "Flower": lambda: aggregate_arrayrecords(theirs, "num-examples"),
         },
         REPETITIONS,
     )
-    ours, flower = (_per_reply(seconds[name], NUM_FULL) for name in ("ours", "flower"))
-    detail = f"{ours} a reply, Flower {flower}"
-    return Row("folding, full models: Averager / Flower's FedAvg", seconds["ours"] / seconds["flower"], "x", None, detail)
+    return _row("20 replies, full models: Averager / Flower's FedAvg", seconds, NUM_FULL, None)
 
 
 def _flower_reply(arrays: Arrays, number: int) -> RecordDict:
@@ -146,30 +160,35 @@ def _flower_reply(arrays: Arrays, number: int) -> RecordDict:
     return RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 10 + number % 7})})
 
 
-KINDS = {"prefixes": level, "label-limited rows": limited, "rolling windows": rolled}
+def _row(what: str, seconds: dict[str, float], num_replies: int, bound: float | None) -> Row:
+    (ours, mine), (other, theirs) = ((name, s / num_replies) for name, s in seconds.items())
+    return Row(what, mine / theirs, "x", bound, f"{ours} {1e3 * mine:.2f} ms a reply, {other} {1e3 * theirs:.2f} ms")
 
 
-def peak_over_model(kind: str, num_replies: int) -> float:
-    """Memory above the start while so many replies are folded, in models; replies come one at a time."""
-    layout, make = resnet_layout(), KINDS[kind]
+# Memory ---------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(kind: str, num_replies: int) -> int:
+    """Memory above the start while so many replies are folded, each gone before the next is made."""
+    layout = resnet_layout()
     previous = draw_model(layout)
-    contents = [reply(layout, make(layout, number), number) for number in range(min(num_replies, 2 * len(RATES)))]
+    stock = [reply(layout, KINDS[kind](layout, number), number) for number in range(min(num_replies, 20))]
     with memory_peak() as peak:
-        fold(layout, previous, (contents[number % len(contents)] for number in range(num_replies)))
-    return peak.above_start / sum(array.nbytes for array in previous.values())
+        fold(layout, previous, (stock[number % len(stock)] for number in range(num_replies)))
+    return peak.above_start
 
 
 def memory() -> Iterator[Row]:
     """The Averager's memory at 10 and at 1,000 replies, each in a fresh process."""
+    model = 4 * num_parameters(resnet_layout(), full(resnet_layout()))
     for kind in KINDS:
         for num in (10, 1000):
-            peak = in_child(peak_over_model, kind, num)
-            yield Row(f"memory above start, {kind}, {num:,} replies", peak, "models", 3.0, "model: 44.7 MB")
+            peak = in_child(peak_bytes, kind, num)
+            detail = f"{peak / 1e6:.0f} MB, the model is {model / 1e6:.0f} MB"
+            yield Row(f"memory, {num:,} replies, {kind}: above start / model", peak / model, "x", MEMORY_BOUND, detail)
 
 
-def rows() -> Iterator[Row]:
+def rows() -> list[Row]:
     """All of it."""
-    yield against_slice_add("prefixes")
-    yield against_slice_add("label-limited rows")
-    yield against_flower()
-    yield from memory()
+    times = [against_slice_add(kind) for kind in ("prefixes", "label-limited rows")]
+    return [*times, against_flower(), *memory()]

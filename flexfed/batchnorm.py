@@ -45,9 +45,7 @@ class BatchNormSums:
 
     def __post_init__(self) -> None:
         if self.definition not in get_args(Definition):
-            raise ValueError(
-                f"definition must be one of {', '.join(get_args(Definition))}, got {self.definition!r}"
-            )
+            raise ValueError(f"definition must be one of {', '.join(get_args(Definition))}, got {self.definition!r}")
 
 
 class _TooFewValuesError(Exception):
@@ -59,9 +57,7 @@ def norm_widths(model: nn.Module) -> dict[str, int]:
     return {name: layer.num_features for name, layer in _norms(model).items()}
 
 
-def collect_sums(
-    model: nn.Module, batches: Iterable[Tensor], definition: Definition = "batches"
-) -> BatchNormSums:
+def collect_sums(model: nn.Module, batches: Iterable[Tensor], definition: Definition = "batches") -> BatchNormSums:
     """Run data through the network and sum what its batch norm layers see.
 
     Layers normalise by the statistics of the batch, so deeper layers see what they saw in training. Dropout
@@ -90,9 +86,7 @@ def add_sums(a: BatchNormSums, b: BatchNormSums) -> BatchNormSums:
         ValueError: the two differ in definition, layers or channels.
     """
     if a.definition != b.definition:
-        raise ValueError(
-            f"cannot add sums of {a.definition!r} and of {b.definition!r}; ask all clients for the same"
-        )
+        raise ValueError(f"cannot add sums of {a.definition!r} and of {b.definition!r}; ask all clients for the same")
     widths = [{name: v.shape for name, v in s.first.items()} for s in (a, b)]
     if widths[0] != widths[1]:
         raise ValueError(f"cannot add sums of different networks: channels are {widths[0]} and {widths[1]}")
@@ -112,9 +106,7 @@ def statistics(sums: BatchNormSums) -> Statistics:
     """
     ran = {name: n for name, n in sums.counts.items() if n > (1 if sums.definition == "pooled" else 0)}
     if sums.counts and not ran:
-        raise ValueError(
-            "no batch norm statistics: expected a batch with two values per channel or more, got none"
-        )
+        raise ValueError("no batch norm statistics: expected a batch with two values per channel or more, got none")
     return {name: _moments(sums, name, n) for name, n in ran.items()}
 
 
@@ -131,9 +123,7 @@ def apply_statistics(model: nn.Module, found: Statistics) -> None:
     for name, moments in found.items():
         if name not in layers or any(m.shape != (layers[name].num_features,) for m in moments):
             expected = f"{layers[name].num_features} channels" if name in layers else "no such layer"
-            raise ValueError(
-                f"statistics for batch norm {name!r}: expected {expected}, got {moments[0].shape}"
-            )
+            raise ValueError(f"statistics for batch norm {name!r}: expected {expected}, got {moments[0].shape}")
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     for name, (mean, variance) in found.items():
         layer = layers[name]
@@ -142,19 +132,14 @@ def apply_statistics(model: nn.Module, found: Statistics) -> None:
         layer.track_running_stats = True
 
 
-def static_batch_norm(
-    model: nn.Module, batches: Iterable[Tensor], definition: Definition = "batches"
-) -> None:
+def static_batch_norm(model: nn.Module, batches: Iterable[Tensor], definition: Definition = "batches") -> None:
     """Give a network the statistics of data at hand; one without batch norm stays as it is."""
     apply_statistics(model, statistics(collect_sums(model, batches, definition)))
 
 
 def pack_sums(sums: BatchNormSums) -> Arrays:
     """The sums for the wire: layer -> float64 (1 + 2 * channels,), the count, then `first`, then `second`."""
-    return {
-        name: np.concatenate([[float(n)], sums.first[name], sums.second[name]])
-        for name, n in sums.counts.items()
-    }
+    return {name: np.concatenate([[float(n)], sums.first[name], sums.second[name]]) for name, n in sums.counts.items()}
 
 
 def unpack_sums(arrays: Arrays, widths: Mapping[str, int], definition: Definition) -> BatchNormSums:
@@ -191,9 +176,7 @@ def _check_packed(name: str, array: np.ndarray, width: int) -> None:
     if array[0] < 0 or array[0] != np.floor(array[0]):
         raise ValueError(f"batch norm sums of {name!r}: count must be 0, 1, 2, ..., got {array[0]}")
     if (array[1 + width :] < 0).any():
-        raise ValueError(
-            f"batch norm sums of {name!r}: variances and squares must be >= 0, got {array.min()}"
-        )
+        raise ValueError(f"batch norm sums of {name!r}: variances and squares must be >= 0, got {array.min()}")
 
 
 def _norms(model: nn.Module) -> dict[str, _BatchNorm]:

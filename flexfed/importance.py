@@ -268,9 +268,7 @@ def group_scores(
     return np.where(measured, scores, scores[measured].mean())
 
 
-def _unit_means(
-    statistics: Sequence[ReluStatistics], units: Sequence[np.ndarray], num_units: int
-) -> np.ndarray:
+def _unit_means(statistics: Sequence[ReluStatistics], units: Sequence[np.ndarray], num_units: int) -> np.ndarray:
     """Each unit's APoZ, the mean over the calls it takes part in; nan for a unit of no call."""
     total, calls = np.zeros(num_units), np.zeros(num_units)
     for call, numbers in zip(statistics, units, strict=True):
@@ -282,9 +280,7 @@ def _unit_means(
     return np.where(calls > 0, total / np.maximum(calls, 1), np.nan)
 
 
-def _group_score(
-    group: RatioGroup, statistics: Sequence[ReluStatistics], by_unit: np.ndarray, layout: Layout
-) -> float:
+def _group_score(group: RatioGroup, statistics: Sequence[ReluStatistics], by_unit: np.ndarray, layout: Layout) -> float:
     inside = [call.apoz.mean() for call in statistics if _runs_inside(call.module, group.modules)]
     if inside:
         return float(np.mean(inside))

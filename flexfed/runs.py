@@ -18,9 +18,9 @@ from flexfed.overrides import Scalar, flatten, nest, read_toml
 Metrics = Mapping[str, Any]  # one round's line of metrics.jsonl
 
 # Summed over the rounds; everything else that is a number is a quality of the model at that round.
-TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "modelled-seconds", "joules")
-# Means over the devices that can hold a level at all. `exclusive` leaves the others out of them, and they are
-# the ones it fails, so these numbers of it stand beside no other method's.
+TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "macs-evaluation", "modelled-seconds", "joules")
+# Means over the devices that can hold a level of the method at all. A method without small levels (`exclusive`,
+# FedRolex) leaves weak devices out of them, so these numbers of it stand beside no other method's.
 DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
 CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "time", "timestamp"})
@@ -127,6 +127,12 @@ class RunFolder:
         curves_png(run.rounds, self.path / "curves.png", title_of(summary))
         write_atomic(self.path / "summary.json", (json.dumps(_plain(summary), indent=2) + "\n").encode())
         return summary
+
+
+def leaves_devices_out(summary: Mapping[str, Any] | None) -> bool:
+    """Whether a run's means over devices are means over the strong ones only."""
+    facts = summary or {}
+    return bool(facts.get("clients-testing", facts.get("clients", 0)) < facts.get("clients", 0))
 
 
 def title_of(summary: Mapping[str, Any]) -> str:

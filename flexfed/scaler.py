@@ -69,9 +69,7 @@ def _scaled(model: nn.Module, uncut: Collection[str] | None) -> tuple[list[nn.Mo
     names = [name for _, name in weights]
     whole = set(names[-1:] if uncut is None else uncut)
     if not whole <= set(names):
-        raise ValueError(
-            f"uncut names {sorted(whole - set(names))}; the convolutions and linear layers are {names}"
-        )
+        raise ValueError(f"uncut names {sorted(whole - set(names))}; the convolutions and linear layers are {names}")
     first = weights[0][0] if weights else len(modules)
     last = norms[-1] if norms else -1
     before = [modules[i][1] for i in norms if i > first]

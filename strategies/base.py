@@ -241,15 +241,19 @@ class SubmodelStrategy(Strategy):
         model = self.task.network(extract(self.task.layout, level, arrays))
         return statistics(collect_sums(model, (b.inputs for b in batches(self.server.proxy, STATISTICS_BATCH))))
 
+    def testers(self) -> dict[int, str]:
+        """The partitions whose device can test an evaluated level, and which."""
+        found = {p: self.level_for_evaluation(device) for p, device in self.federation.devices.items()}
+        return {partition: name for partition, name in found.items() if name is not None}
+
     def _evaluation_messages(self, server_round: int, found: Mapping[str, Statistics | None]) -> Iterator[Message]:
         levels = self.levels()
-        able = {p: self.level_for_evaluation(d) for p, d in self.federation.devices.items()}
-        able = {p: name for p, name in able.items() if name is not None}
+        able = self.testers()
         rng = np.random.default_rng([self.settings.seed, server_round, 1])
         num = int(np.ceil(self.settings.fraction_evaluate * len(able)))
         parts: dict[bytes, Array] = {}
         for partition in sorted(rng.permutation(sorted(able))[:num].tolist()):
-            name = str(able[partition])
+            name = able[partition]
             assignment = Assignment(levels[name], name)
             content = job_content(self._part(parts, levels[name]), assignment, 0, server_round, self.transform)
             if found[name] is not None:
@@ -260,11 +264,14 @@ class SubmodelStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' own tests and close the round's record."""
+        testers, levels = self.testers(), self.levels()
         for reply in replies:
             partition = self.federation.partition_of(reply)
             try:
-                self.record.clients.append(_read_evaluation(reply))
+                result = _read_evaluation(reply)
+                self.record.clients.append(result)
                 self.record.bytes_beside += num_bytes(reply)
+                self.record.macs_beside += result.num_samples * self.task.macs(levels[testers[partition]])
             except ValueError as cause:
                 self._note(self.record.failed, partition, str(cause))
         if self.on_round is not None:

@@ -91,16 +91,20 @@ class HeteroFL(SubmodelStrategy):
     def _asked(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics]:
         """Statistics of each level, summed over the clients that can hold it; a level nobody answers for is left out."""
         sums: dict[str, BatchNormSums] = {}
+        levels = self.levels()
         widths = {
             name: norm_widths(self.task.network(extract(self.task.layout, level, arrays)))
-            for name, level in self.levels().items()
+            for name, level in levels.items()
         }
         for reply in grid.send_and_receive(self._questions(server_round, arrays), timeout=self.settings.round_timeout):
             partition = self.federation.partition_of(reply)
             try:
-                for name, own in self._answer(reply, widths).items():
+                answer = self._answer(reply, widths)
+                for name, own in answer.items():
                     sums[name] = add_sums(sums[name], own) if name in sums else own
                 self.record.bytes_beside += num_bytes(reply)
+                samples = self.federation.devices[partition].num_examples
+                self.record.macs_beside += samples * sum(self.task.macs(levels[name]) for name in answer)
             except (KeyError, ValueError) as cause:
                 self._note(self.record.failed, partition, f"statistics query: {cause}")
         return {name: statistics(total) for name, total in sums.items()}

@@ -23,7 +23,8 @@ class RoundRecord:
     trained: Counter[str] = field(default_factory=Counter)
     bytes_down: dict[int, int] = field(default_factory=dict)
     bytes_up: int = 0
-    bytes_beside: int = 0  # evaluation and queries
+    bytes_beside: int = 0  # of the clients' own tests and of queries
+    macs_beside: int = 0
     macs: float = 0.0
     seconds: float = 0.0
     joules: float = 0.0
@@ -55,6 +56,7 @@ class RoundRecord:
             "bytes-up": self.bytes_up,
             "bytes-evaluation": self.bytes_beside,
             "macs": int(self.macs),
+            "macs-evaluation": self.macs_beside,
             "modelled-seconds": self.seconds,
             "joules": self.joules,
             "refused": self.refused,

@@ -128,17 +128,13 @@ def test_collecting_restores_the_network_when_it_fails() -> None:
 
 
 def test_dropout_is_off() -> None:
-    assert_sums_equal(
-        collect_sums(network(dropout=0.9).train(), [images()]), collect_sums(network(), [images()])
-    )
+    assert_sums_equal(collect_sums(network(dropout=0.9).train(), [images()]), collect_sums(network(), [images()]))
 
 
 def test_batches_with_one_value_per_channel_are_skipped_as_a_whole() -> None:
     torch.manual_seed(0)
     # One image leaves many values to the first norm but only one to the second.
-    model = nn.Sequential(
-        nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)
-    )
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     whole, single = images(8), images(1, seed=5)
     assert_sums_equal(collect_sums(model, [whole, single]), collect_sums(model, [whole]))
     assert collect_sums(model, [single]).counts == {"0": 0, "3": 0}

@@ -25,7 +25,8 @@ CONFIG = {"strategy": "flexfl", "dataset": "digits", "seed": 1, "runs-dir": "/x"
 def run(strategy="flexfl", seed=1, accuracy=0.5, config=None, name="r", **metrics):
     values = {**CONFIG, "strategy": strategy, "seed": seed, **(config or {})}
     rounds = [{"round": 1, "accuracy": accuracy, "bytes-up": 1000, **metrics}]
-    return Run(Path(name), values, rounds, {}, summarise(rounds, {"seed": seed, "clients": 20}))
+    facts = {"seed": seed, "clients": 20, "clients-testing": 2 if strategy == "exclusive" else 20}
+    return Run(Path(name), values, rounds, {}, summarise(rounds, facts))
 
 
 def row(name, *accuracies, seeds=(1, 2, 3)):

@@ -111,9 +111,7 @@ def test_digits_server_and_clients_hold_every_sample_once(partition: str) -> Non
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    expected = Counter(
-        (image.tobytes(), int(label)) for image, label in zip(digits.images, digits.target, strict=True)
-    )
+    expected = Counter((image.tobytes(), int(label)) for image, label in zip(digits.images, digits.target, strict=True))
     found = Counter(
         (np.float64(image * 16).tobytes(), int(label))
         for samples in all_samples(DataConfig(partition=partition), 12)
@@ -133,9 +131,7 @@ def test_same_seed_same_client_and_other_seed_other_client() -> None:
     other = load_client(DataConfig(seed=2), 3, 10)
     assert torch.equal(one.train.inputs, again.train.inputs)
     assert one.labels == again.labels
-    assert one.train.inputs.shape != other.train.inputs.shape or not torch.equal(
-        one.train.inputs, other.train.inputs
-    )
+    assert one.train.inputs.shape != other.train.inputs.shape or not torch.equal(one.train.inputs, other.train.inputs)
 
 
 def test_what_a_client_gets_cannot_be_damaged_for_the_next() -> None:
@@ -343,12 +339,8 @@ def test_proxy_is_at_most_a_thousand(write: Write) -> None:
     assert len(load_server(DataConfig(dataset=folder, proxy_fraction=0.0)).proxy.labels) == 0
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"), [((4, 6), (1, 4, 6)), ((4, 6, 3), (3, 4, 6)), ((4, 6, 4), (3, 4, 6))]
-)
-def test_images_are_scaled_and_channels_first(
-    write: Write, shape: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(("shape", "expected"), [((4, 6), (1, 4, 6)), ((4, 6, 3), (3, 4, 6)), ((4, 6, 4), (3, 4, 6))])
+def test_images_are_scaled_and_channels_first(write: Write, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     folder = write({"train": images(30, shape), "test": images(5, shape)})
     test = load_server(DataConfig(dataset=folder)).test
     assert test.inputs.shape == (5, *expected)
@@ -420,15 +412,11 @@ def test_own_folder_is_all_the_clients_and_no_servers(write: Write) -> None:
 def test_columns_that_are_not_clear_are_listed_and_can_be_named(write: Write) -> None:
     more = {"z": [[float(i), 1.0] for i in range(40)], "note": ["n"] * 40}
     folder = write({"train": vectors(0, 40, **more)})
-    with pytest.raises(
-        ValueError, match=r"several columns could be the image-column; .* z \(list of float64\)"
-    ):
+    with pytest.raises(ValueError, match=r"several columns could be the image-column; .* z \(list of float64\)"):
         load_server(DataConfig(dataset=folder))
     server = load_server(DataConfig(dataset=folder, image_column="z"))
     assert set(server.test.inputs[:, 1].tolist()) == {1.0}
-    with pytest.raises(
-        ValueError, match=r"no column 'w' \(image-column\).*label \(ClassLabel\), .*note \(string\)"
-    ):
+    with pytest.raises(ValueError, match=r"no column 'w' \(image-column\).*label \(ClassLabel\), .*note \(string\)"):
         load_server(DataConfig(dataset=folder, image_column="w"))
     with pytest.raises(ValueError, match=r"image-column 'note' .* must hold images or arrays"):
         load_server(DataConfig(dataset=folder, image_column="note"))
@@ -440,9 +428,7 @@ def test_label_column_by_type_then_by_name(write: Write) -> None:
     from datasets import Dataset
 
     inputs = [[float(i)] for i in range(20)]
-    usual = Dataset.from_dict(
-        {"x": inputs, "fine_label": [1] * 20, "coarse_label": [0] * 20, "age": [9] * 20}
-    )
+    usual = Dataset.from_dict({"x": inputs, "fine_label": [1] * 20, "coarse_label": [0] * 20, "age": [9] * 20})
     assert set(load_server(DataConfig(dataset=write({"train": usual}))).test.labels.tolist()) == {1}
     unusual = usual.remove_columns("fine_label")
     folder = write({"train": unusual})
@@ -583,12 +569,8 @@ def test_normalisation_refuses_no_samples_and_other_channels() -> None:
 # Sizes printed by the call in the mirror's README:
 #   DirichletPartitioner(num_partitions=20, partition_by="label", alpha=0.3, min_partition_size=10,
 #                        self_balancing=False, seed=42) on the whole training split
-CIFAR10_SIZES = (
-    "3968 1467 1540 2302 4216 1226 1094 4890 3035 3205 2658 3802 2202 1607 949 1286 812 2358 5262 2121"
-)
-FASHION_SIZES = (
-    "4764 1760 1848 2760 5061 1469 1311 5868 3647 3847 3186 4565 2640 1932 1135 1545 974 2830 6313 2545"
-)
+CIFAR10_SIZES = "3968 1467 1540 2302 4216 1226 1094 4890 3035 3205 2658 3802 2202 1607 949 1286 812 2358 5262 2121"
+FASHION_SIZES = "4764 1760 1848 2760 5061 1469 1311 5868 3647 3847 3186 4565 2640 1932 1135 1545 974 2830 6313 2545"
 
 
 @needs_mirror

@@ -216,9 +216,7 @@ SHARES_10 = {
 
 
 @pytest.mark.parametrize(("net", "apoz", "expected"), REAL)
-def test_pool_of_the_papers_networks(
-    net: str, apoz: Sequence[float], expected: Sequence[tuple[int, int, str]]
-) -> None:
+def test_pool_of_the_papers_networks(net: str, apoz: Sequence[float], expected: Sequence[tuple[int, int, str]]) -> None:
     scores, size, full = problem(net, apoz)
     pool = build_pool(scores, size, DEFAULT)
     params = NETS[net][0]
@@ -378,9 +376,7 @@ def test_level_boundaries_belong_to_the_level_above() -> None:
     exact = [capable_level(percent, DEFAULT) for percent in (40, 50, 90, 100)]
     assert (below, exact) == ([0, 1, 2, 3], [1, 2, 3, 4])
     assert [capable_level(percent, DEFAULT) for percent in (-20.0, 0.0, 25.0, 500.0)] == [0, 0, 0, 4]
-    assert (
-        capable_level(100 * 0.57, FlexFLConfig(targets=(0.4, 0.57), shortage=0.1)) == 2
-    )  # 56.99999999999999
+    assert capable_level(100 * 0.57, FlexFLConfig(targets=(0.4, 0.57), shortage=0.1)) == 2  # 56.99999999999999
 
 
 def test_thresholds_follow_the_targets() -> None:
@@ -455,9 +451,7 @@ def class_shares(partitions: Sequence[int]) -> dict[float, float]:
 
 
 def trained_by(level: int, shares: Mapping[float, float]) -> np.ndarray:
-    return sum(
-        (share * trained_table(level, mean, SPREADS) for mean, share in shares.items()), start=np.zeros(5)
-    )
+    return sum((share * trained_table(level, mean, SPREADS) for mean, share in shares.items()), start=np.zeros(5))
 
 
 def redraw_table(able: Mapping[int, Sequence[int]], num: int) -> np.ndarray:
@@ -516,12 +510,8 @@ def test_dispatch_is_sound_and_repeatable(dispatch: Callable[..., dict[int, int]
 
 def test_largest_first_keeps_the_drawn_levels_while_devices_last() -> None:
     able = eligible(NOMINAL, DEFAULT)
-    levels = [
-        level for s in range(600) for level in largest_first(able, 10, np.random.default_rng(s)).values()
-    ]
-    np.testing.assert_allclose(
-        np.bincount(levels, minlength=5) / len(levels), [1 / 3, 0, 1 / 3, 0, 1 / 3], atol=0.025
-    )
+    levels = [level for s in range(600) for level in largest_first(able, 10, np.random.default_rng(s)).values()]
+    np.testing.assert_allclose(np.bincount(levels, minlength=5) / len(levels), [1 / 3, 0, 1 / 3, 0, 1 / 3], atol=0.025)
 
 
 def test_largest_first_drops_levels_nobody_is_left_for() -> None:

@@ -147,7 +147,9 @@ def wait_for_port(port: int, seconds: float = 60) -> None:
     raise TimeoutError(f"nothing listens on port {port}")
 
 
-def test_the_same_app_runs_on_a_superlink_with_two_supernodes(fleet: tuple[dict[str, str], Path], tmp_path: Path) -> None:
+def test_the_same_app_runs_on_a_superlink_with_two_supernodes(
+    fleet: tuple[dict[str, str], Path], tmp_path: Path
+) -> None:
     """Two rounds of FlexFL; the weak node never gets more than it declared."""
     env, cwd = fleet
     overrides = f'runs-dir="{tmp_path / "runs"}" num-server-rounds=2 fraction-train=1.0 fraction-evaluate=0.0'

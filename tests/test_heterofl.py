@@ -126,9 +126,7 @@ LOGITS, TARGET, PRESENT = [[2.0, 1.0, 0.0, -1.0]], torch.tensor([1]), torch.tens
         ("-inf", 0.126928, [0, -0.1192, 0, 0.1192]),
     ],
 )
-def test_masked_cross_entropy_of_the_worked_example(
-    fill: Fill, loss: float, gradient: list[float] | None
-) -> None:
+def test_masked_cross_entropy_of_the_worked_example(fill: Fill, loss: float, gradient: list[float] | None) -> None:
     logits = torch.tensor(LOGITS, requires_grad=True)
     value = masked_cross_entropy(logits, TARGET, PRESENT, fill)
     value.backward()

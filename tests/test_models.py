@@ -50,11 +50,7 @@ def count(module: nn.Module) -> int:
 def group_sizes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> list[int]:
     """P_i of each ratio group, with the tensors in the given (full or narrow) shapes."""
     return [
-        sum(
-            math.prod(shape)
-            for name, shape in shapes.items()
-            if name.startswith(tuple(f"{m}." for m in g.modules))
-        )
+        sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(tuple(f"{m}." for m in g.modules)))
         for g in model.ratio_groups
     ]
 
@@ -219,9 +215,7 @@ def test_half_of_every_network_runs_narrow(name: str) -> None:
     half = prefix_ratio(layout, 0.5)
     arrays = {n: np.zeros(s, dtype=np.float32) for n, s in narrow_shapes(layout, half).items()}
     small = narrow(model_factory(name, 10, shape), arrays)
-    assert (
-        count(small) == num_parameters(layout, half) < 0.6 * num_parameters(layout, prefix_ratio(layout, 1.0))
-    )
+    assert count(small) == num_parameters(layout, half) < 0.6 * num_parameters(layout, prefix_ratio(layout, 1.0))
     # Its forward pass is law 6's business; here on meta, where the largest network costs nothing.
     assert small.to("meta")(torch.zeros(2, *shape, device="meta")).shape == (2, 10)
 
@@ -376,9 +370,7 @@ def test_importing_an_own_module_on_meta_keeps_its_constants(own_module: None) -
 
 
 def test_unknown_name_lists_the_known_ones_papers_first() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown model 'resnet19'; known: flexfl-vgg16, .*heterofl-conv.* cnn, .*"
-    ):
+    with pytest.raises(ValueError, match=r"unknown model 'resnet19'; known: flexfl-vgg16, .*heterofl-conv.* cnn, .*"):
         model_factory("resnet19", 10, IMAGE)
     with pytest.raises(ValueError, match=r"torchvision .*'package\.module:factory'"):
         build_model("resnet19", 10, IMAGE)
@@ -446,9 +438,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(donor.parameters(), model.parameters(), strict=True))
 
 
-def test_another_class_count_keeps_the_fresh_classifier(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_another_class_count_keeps_the_fresh_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     donor, model = build_model("cnn", 10, (1, 8, 8)), build_model("cnn", 4, (1, 8, 8))
     fresh = model.get_submodule("classifier").weight.clone()
     with caplog.at_level("INFO"):
@@ -505,9 +495,7 @@ def test_unreadable_weights(tmp_path: Path) -> None:
         load_weights(build_model("cnn", 10, (1, 8, 8)), str(path))
 
 
-def test_torchvision_weights_come_from_the_cache_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchvision_weights_come_from_the_cache_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     model = build_model("squeezenet1_1", 10, IMAGE)
     expected = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"

@@ -89,7 +89,7 @@ def test_final_table_alone():
 
 def other(**facts):
     metrics = {"accuracy": 0.65, "accuracy-worst-tenth": 0.9, "bytes-down": 9_000_000}
-    summary = summarise([{"round": 1, **metrics}], facts)
+    summary = summarise([{"round": 1, **metrics}], {"clients": 20, "clients-testing": 2, **facts})
     return Run(Path("o"), {"strategy": "exclusive"}, [], {}, summary)
 
 

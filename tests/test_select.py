@@ -203,9 +203,7 @@ def test_ratio_groups_prefers_the_networks_own_table() -> None:
         ({"fc0": 1, "fc1": 6}, 0.01, {"fc0": 1, "fc1": 6}),
     ],
 )
-def test_ratio_widths_keep_multiples(
-    widths: Mapping[str, int], ratio: float, expected: dict[str, int]
-) -> None:
+def test_ratio_widths_keep_multiples(widths: Mapping[str, int], ratio: float, expected: dict[str, int]) -> None:
     groups = (RatioGroup("block", ("fc0", "fc1"), widths),)
     assert ratio_widths(chain(16, 96), groups, (ratio,)) == expected
 

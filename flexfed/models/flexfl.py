@@ -113,9 +113,7 @@ def flexfl_mobilenetv2(num_classes: int, input_shape: tuple[int, ...]) -> Groupe
         input_shape: (channels, height, width).
     """
     before = 32
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=_convolution(input_shape[0], before, 3, nn.ReLU6())
-    )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=_convolution(input_shape[0], before, 3, nn.ReLU6()))
     for number, (blocks, expansion, width, stride) in enumerate(MOBILENET_STAGES, start=1):
         rest = (InvertedResidual(width, width, expansion, stride=1) for _ in range(blocks - 1))
         layers[f"stage{number}"] = nn.Sequential(InvertedResidual(before, width, expansion, stride), *rest)
@@ -184,9 +182,7 @@ def _convolution(before: int, width: int, size: int, relu: nn.Module, bias: bool
 
 
 def _linear(before: int, width: int) -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(linear=nn.Linear(before, width), relu=nn.ReLU(), dropout=nn.Dropout(0.5))
-    )
+    return nn.Sequential(OrderedDict(linear=nn.Linear(before, width), relu=nn.ReLU(), dropout=nn.Dropout(0.5)))
 
 
 def _convolutions(module: nn.Module, prefix: str) -> list[str]:

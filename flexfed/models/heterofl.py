@@ -20,9 +20,7 @@ WIDTHS = (64, 128, 256, 512)
 _BatchNorm = partial(nn.BatchNorm2d, track_running_stats=False)
 
 
-def heterofl_conv(
-    num_classes: int, input_shape: tuple[int, ...], widths: tuple[int, ...] = WIDTHS
-) -> nn.Module:
+def heterofl_conv(num_classes: int, input_shape: tuple[int, ...], widths: tuple[int, ...] = WIDTHS) -> nn.Module:
     """Four 3x3 convolutions with a max-pool between them: 1,556,874 parameters on MNIST.
 
     Args:
@@ -42,9 +40,7 @@ def heterofl_conv(
     return nn.Sequential(layers | _head(before, num_classes))
 
 
-def heterofl_resnet18(
-    num_classes: int, input_shape: tuple[int, ...], widths: tuple[int, ...] = WIDTHS
-) -> nn.Module:
+def heterofl_resnet18(num_classes: int, input_shape: tuple[int, ...], widths: tuple[int, ...] = WIDTHS) -> nn.Module:
     """ResNet-18 with pre-activation and a final norm: 11,172,170 parameters on CIFAR-10.
 
     Args:
@@ -53,9 +49,7 @@ def heterofl_resnet18(
         widths: output channels of the four stages; the stem has those of the first.
     """
     before = widths[0]
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        stem=nn.Conv2d(input_shape[0], before, 3, padding=1, bias=False)
-    )
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(input_shape[0], before, 3, padding=1, bias=False))
     for number, width in enumerate(widths, start=1):
         first = PreActivationBlock(before, width, stride=1 if number == 1 else 2)
         layers[f"stage{number}"] = nn.Sequential(first, PreActivationBlock(width, width, stride=1))

@@ -65,9 +65,7 @@ def check_request(name: str, num_classes: int, input_shape: tuple[int, ...]) -> 
         raise ValueError(f"model {name!r}: expected an input shape of positive sizes, got {input_shape}")
     if ":" in name:
         return  # only its author knows which rank it takes
-    rank, takes = (
-        (2, "windows (channels, time)") if name == "cnn1d" else (3, "images (channels, height, width)")
-    )
+    rank, takes = (2, "windows (channels, time)") if name == "cnn1d" else (3, "images (channels, height, width)")
     if len(input_shape) != rank:
         fitting = {2: "'cnn1d'", 3: "'cnn'"}.get(len(input_shape), "a 'package.module:factory' of your own")
         raise ValueError(f"model {name!r} takes {takes}; got input shape {input_shape}, choose {fitting}")
@@ -116,9 +114,7 @@ def _load_factory(name: str) -> Callable[..., object]:
     return checked
 
 
-def _build_own(
-    name: str, factory: Callable[..., object], num_classes: int, input_shape: tuple[int, ...]
-) -> nn.Module:
+def _build_own(name: str, factory: Callable[..., object], num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     """Call a user's factory with those of the two arguments that its signature takes."""
     offered: dict[str, Any] = {"num_classes": num_classes, "input_shape": input_shape}
     parameters = inspect.signature(factory).parameters.values()
