@@ -89,7 +89,7 @@ def masked(layout: Layout, rng: np.random.Generator) -> Submodel:
     submodel = wrapped(layout, rng)
     shapes = narrow_shapes(layout, submodel)
     names = [name for name in shapes if rng.uniform() < 0.5]
-    return replace(submodel, masks={name: rng.uniform(size=shapes[name]) < 0.7 for name in names})
+    return replace(submodel, masks={name: np.asarray(rng.uniform(size=shapes[name]) < 0.7) for name in names})
 
 
 KINDS: dict[str, Callable[[Layout, np.random.Generator], Submodel]] = {
@@ -382,7 +382,7 @@ def _lively(layout: Layout, submodel: Submodel, rng: np.random.Generator) -> Arr
     for name, shape in narrow_shapes(layout, submodel).items():
         noise = np.resize(np.roll(_NOISE, int(rng.integers(len(_NOISE)))), shape)
         if len(shape) > 1:
-            part[name] = noise * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+            part[name] = noise * np.float32(1 / np.sqrt(np.prod(shape[1:])))
         else:
             part[name] = 0.2 * noise + np.float32(name.endswith("weight"))
     return part
@@ -392,8 +392,8 @@ def _statistics(model: nn.Module, inputs: torch.Tensor, rng: np.random.Generator
     """What the layers really see, shaken."""
     return {
         name: (
-            mean + 0.2 * np.sqrt(variance) * rng.standard_normal(mean.shape),
-            (variance + 1e-3) * rng.uniform(0.7, 1.4, mean.shape),
+            mean + 0.1 * np.sqrt(variance) * rng.standard_normal(mean.shape),
+            (variance + 1e-3) * rng.uniform(1.0, 1.3, mean.shape),
         )
         for name, (mean, variance) in statistics(collect_sums(model, [inputs])).items()
     }

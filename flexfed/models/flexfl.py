@@ -49,6 +49,7 @@ def flexfl_vgg16(
     num_classes: int,
     input_shape: tuple[int, ...],
     pools: Literal["released", "textbook"] = "released",
+    divisor: int = 1,
 ) -> GroupedNetwork:
     """VGG16 with batch norm; 15 ratio groups, one for each layer but the classifier.
 
@@ -58,19 +59,20 @@ def flexfl_vgg16(
             layers (32x32 or larger); any other number has four pools and 256-wide ones (16x16 or larger).
         pools: "released" pools after convolutions 3, 5, 8, 11, as the published tables have it;
             "textbook" after 2, 4, 7, 10, with 0.61 of the convolutions' work. The parameters are the same.
+        divisor: of every width; 8 makes a network of the same depth for experiments on a processor (ours).
     """
     colour = input_shape[0] == 3
     pooled = VGG_POOLS[pools] + ((len(VGG_WIDTHS),) if colour else ())
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     before = input_shape[0]
-    for number, width in enumerate(VGG_WIDTHS, start=1):
+    for number, width in enumerate((w // divisor for w in VGG_WIDTHS), start=1):
         layers[f"conv{number}"] = _convolution(before, width, 3, nn.ReLU())
         if number in pooled:
             layers[f"pool{number}"] = nn.MaxPool2d(2)
         before = width
     layers["pool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten(1)
-    hidden = 4096 if colour else 256
+    hidden = (4096 if colour else 256) // divisor
     layers["fc1"] = _linear(before, hidden)
     layers["fc2"] = _linear(hidden, hidden)
     layers["classifier"] = nn.Linear(hidden, num_classes)

@@ -22,6 +22,7 @@ Builder = Callable[[int, tuple[int, ...]], nn.Module]
 MODELS: dict[str, Builder] = {
     "flexfl-vgg16": flexfl_vgg16,
     "flexfl-vgg16-textbook": partial(flexfl_vgg16, pools="textbook"),
+    "flexfl-vgg16-slim": partial(flexfl_vgg16, pools="textbook", divisor=8),
     "flexfl-resnet34": flexfl_resnet34,
     "flexfl-mobilenetv2": flexfl_mobilenetv2,
     "heterofl-conv": heterofl_conv,
