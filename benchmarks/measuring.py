@@ -47,7 +47,7 @@ class Row:
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each variant.
+    """Median processor seconds of each variant.
 
     The variants take turns, so that a busy moment of the machine meets all of them; one turn before the clock
     starts is not counted.
@@ -56,10 +56,10 @@ def interleaved(variants: Mapping[str, Callable[[], object]], repetitions: int) 
     for repetition in range(repetitions + 1):
         for name, variant in variants.items():
             gc.collect()
-            begin = time.perf_counter()
+            begin = time.process_time()
             variant()
             if repetition:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.process_time() - begin)
     return {name: median(values) for name, values in seconds.items()}
 
 

@@ -123,6 +123,7 @@ def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comp
     """Run what a suite lacks, and make its tables; also the number of runs that failed."""
     from dataclasses import replace
 
+    from flexfed.processes import signals_as_interrupt
     from flexfed.suites import load_suite, suite_comparison, suite_runs
     from flexfed.workers import run_missing
 
@@ -131,7 +132,7 @@ def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comp
     suite = load_suite(path, known)
     suite = replace(suite, baseline=baseline) if baseline else suite
     runs = suite_runs(suite, known)
-    with _progress(runs) as on_done:
+    with signals_as_interrupt(), _progress(runs) as on_done:
         failed = run_missing(runs, workers, app_dir, on_done)
     return suite_comparison(suite, runs), failed
 

@@ -76,6 +76,10 @@ class HeteroFL(SubmodelStrategy):
         """The part of a level in a round; the same in every round."""
         return self._parts[level]
 
+    def level_for_evaluation(self, device: Device) -> str | None:
+        """The level that it trains."""
+        return LEVELS[self.level_of(device)]
+
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""
         return 1.0 if self.task.method.weights == "uniform" else update.weight

@@ -353,11 +353,12 @@ def test_law_6_narrow_equals_full_with_the_rest_silenced(name: str) -> None:
     shape = NETWORKS.get(name, IMAGE)
     factory = model_factory(name.split()[0], 10, shape)
     layout = trace_layout(factory, shape)
+    gain = 1.0 if any(isinstance(m, _BatchNorm) for m in build_on_meta(factory).modules()) else 2.0
     rng = np.random.default_rng(0)
-    inputs = torch.from_numpy(rng.standard_normal((2, *shape), dtype=np.float32))
+    inputs = torch.from_numpy(rng.standard_normal((8, *shape), dtype=np.float32))
     for ratio in (0.5, 0.25):
         submodel = Submodel(random_units(layout, rng, ratio))
-        part = _lively(layout, submodel, rng)
+        part = _lively(layout, submodel, gain, rng)
         silenced = scatter(layout, submodel, part)
         small = narrow(factory, extract(layout, submodel, silenced)).eval()
         found = _statistics(small, inputs, rng)
@@ -366,7 +367,7 @@ def test_law_6_narrow_equals_full_with_the_rest_silenced(name: str) -> None:
         large.load_state_dict({n: torch.from_numpy(a) for n, a in silenced.items()}, strict=False, assign=True)
         apply_statistics(large, _widened(large, layout, submodel, found, rng))
         with torch.no_grad():
-            expected, got = large(inputs), small(inputs)
+            expected, got = large(inputs[:2]), small(inputs[:2])
         scale = float(expected.abs().max())
         assert float((expected[0] - expected[1]).abs().max()) > 1e-2 * scale  # it does depend on the input
         assert float((expected - got).abs().max()) < 1e-5 * scale
@@ -376,13 +377,13 @@ def test_law_6_narrow_equals_full_with_the_rest_silenced(name: str) -> None:
 _NOISE = np.random.default_rng(1).standard_normal(1_000_003).astype(np.float32)
 
 
-def _lively(layout: Layout, submodel: Submodel, rng: np.random.Generator) -> Arrays:
+def _lively(layout: Layout, submodel: Submodel, gain: float, rng: np.random.Generator) -> Arrays:
     """A part whose activations neither die nor explode, so that every layer is heard at the output."""
     part: Arrays = {}
     for name, shape in narrow_shapes(layout, submodel).items():
         noise = np.resize(np.roll(_NOISE, int(rng.integers(len(_NOISE)))), shape)
         if len(shape) > 1:
-            part[name] = noise * np.float32(1 / np.sqrt(np.prod(shape[1:])))
+            part[name] = noise * np.float32(np.sqrt(gain / np.prod(shape[1:])))
         else:
             part[name] = 0.2 * noise + np.float32(name.endswith("weight"))
     return part
@@ -497,8 +498,8 @@ def held_bytes(thing: Any) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("kind", ["with_gaps", "wrapped", "leading", "without_outputs"])
-def test_law_10_memory_does_not_grow_with_the_number_of_replies(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "limit"), [("leading", 3), ("without_outputs", 3), ("with_gaps", 4), ("wrapped", 4)])
+def test_law_10_memory_does_not_grow_with_the_number_of_replies(kind: str, limit: int) -> None:
     layout = toy_task().layout
     rng = np.random.default_rng(0)
     previous = random_arrays(layout, rng)
@@ -509,8 +510,8 @@ def test_law_10_memory_does_not_grow_with_the_number_of_replies(kind: str) -> No
         submodel = KINDS[kind](layout, rng)
         averager.add(submodel, random_difference(layout, submodel, rng))
         most[num] = held_bytes(averager) - start
-    assert max(most[num] for num in range(1, 11)) <= 3 * size
-    assert max(most.values()) <= 3 * size
+    assert max(most[num] for num in range(1, 11)) <= limit * size
+    assert max(most.values()) <= limit * size
     assert max(most.values()) <= 1.05 * max(most[num] for num in range(1, 513))
 
 

@@ -258,23 +258,26 @@ class Teacher:
     def __init__(self, task: Task, student: Submodel, level: Submodel):
         shapes = narrow_shapes(task.layout, level)
         self._skeleton = use_batch_statistics(resize(build_on_meta(task.factory), shapes)).eval()
-        self._places = {name: _selector(relative_positions(task.layout, student, level, name)) for name in shapes}
+        self._places = {name: relative_positions(task.layout, student, level, name) for name in shapes}
 
     @torch.no_grad()
     def __call__(self, student: nn.Module, inputs: Tensor) -> Tensor:
         """Logits of the smaller network on a batch, without dropout and without gradients."""
         tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-        weights = {name: tensors[name][place] for name, place in self._places.items()}
+        weights = {name: _slice(tensors[name], kept) for name, kept in self._places.items()}
         logits: Tensor = functional_call(self._skeleton, weights, (inputs,))
         return logits
 
 
-def _selector(kept: tuple[np.ndarray | None, ...]) -> tuple[slice | Tensor, ...]:
-    """An index that takes a part of a tensor; levels are prefixes, so it is made of slices and shares memory."""
-    runs = [slice(None) if index is None else as_slice(index) for index in kept]
-    if any(run is None for run in runs):
-        raise ValueError("FlexFL's levels must be prefixes of each other; expected positions without gaps")
-    return tuple(run for run in runs if run is not None)
+def _slice(tensor: Tensor, kept: Sequence[np.ndarray | None]) -> Tensor:
+    """The part of a tensor: a view, but for axes with gaps (behind a concatenation a prefix of each part is kept)."""
+    for axis, index in enumerate(kept):
+        run = None if index is None else as_slice(index)
+        if run is not None:
+            tensor = tensor.narrow(axis, run.start, run.stop - run.start)
+        elif index is not None:
+            tensor = tensor.index_select(axis, torch.from_numpy(index))
+    return tensor
 
 
 def _unpacked(levels: object, num_units: int) -> list[np.ndarray]:
