@@ -23,7 +23,6 @@ _DASHES: tuple[Any, ...] = (
     (0, (3, 1, 1, 1, 1, 1)),
 )
 _MARKERS = "os^DvPX"
-_LABEL_GAP = 0.062  # least distance of two labels, as a share of the panel's height
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def draw(rounds: Sequence[Metrics], path: Path, title: str) -> None:
     """Write the picture as PNG, also for a run that measured nothing.
 
     Curves differ in lightness, dash and marker, so they stay apart in grey and for colour-blind readers,
-    and carry their name at their end instead of in a legend. Larger models are darker, the largest is solid.
+    and the legend names them with their last value, best first. Larger models are darker, the largest is solid.
 
     Args:
         rounds: lines of metrics.jsonl.
@@ -103,6 +102,7 @@ def draw(rounds: Sequence[Metrics], path: Path, title: str) -> None:
         f"{unit} sent to and from all devices",
     )
     left.set_ylabel("test accuracy, %", color=_INK)
+    _legend(right, lines)
     buffer = io.BytesIO()
     canvas.print_figure(buffer, format="png", metadata={"Software": None})
     write_atomic(path, buffer.getvalue())
@@ -120,7 +120,7 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _panel(axes: Axes, lines: Sequence[Curve], places: Sequence[Sequence[float]], name: str) -> None:
-    """Draw all curves over one measure of effort, and label their ends."""
+    """Draw all curves over one measure of effort."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -136,13 +136,13 @@ def _panel(axes: Axes, lines: Sequence[Curve], places: Sequence[Sequence[float]]
             markersize=4.5,
             markevery=_sparse(len(xs), rank / len(lines)),
             clip_on=False,
+            label=f"{curve.label}   {curve.values[-1]:.1f}",
             zorder=3 - 0.1 * rank,
         )
     axes.set_xlim(0, max((xs[-1] for xs in places), default=0) or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=name == "round"))
     axes.set_xlabel(name, color=_INK)
     _tidy(axes)
-    _label_ends(axes, lines, [xs[-1] for xs in places])
 
 
 def _sparse(count: int, shift: float) -> list[int]:
@@ -161,43 +161,12 @@ def _tidy(axes: Axes) -> None:
         spine.set_color(_GREY)
 
 
-def _label_ends(axes: Axes, lines: Sequence[Curve], ends: Sequence[float]) -> None:
-    """Name and last value of each curve right of the panel, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    heights = spread([(curve.values[-1] - low) / (high - low) for curve in lines], _LABEL_GAP)
-    transform = axes.get_yaxis_transform()  # x as a share of the panel's width, y in percent
-    for curve, end, height in zip(lines, ends, heights, strict=True):
-        y = low + height * (high - low)
-        axes.annotate(
-            f"{curve.label}  {curve.values[-1]:.1f}", (end, curve.values[-1]), xycoords="data",
-            xytext=(1.05, y), textcoords=transform, va="center", fontsize=9, color=_INK,
-            arrowprops={"arrowstyle": "-", "color": _GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4},
+def _legend(axes: Axes, lines: Sequence[Curve]) -> None:
+    """Name, sample and last value of each curve right of the panel, in the order in which they end."""
+    if lines:
+        handles = sorted(axes.get_lines(), key=lambda line: -float(str(line.get_label()).split()[-1]))
+        found = axes.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(1.03, 1.0), borderaxespad=0.0, frameon=False,
+            handlelength=4.0, labelspacing=0.9, fontsize=9, labelcolor=_INK, title="after the last round, %",
         )  # fmt: skip
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved as little as a simple rule can so that neighbours are `gap` apart; order is kept.
-
-    Neighbours that are too close share their middle, as a block that may swallow further neighbours.
-    """
-    blocks: list[list[int]] = []
-    order = sorted(range(len(heights)), key=lambda place: heights[place])
-    for place in order:
-        blocks.append([place])
-        while len(blocks) > 1 and _bottom(blocks[-1], heights, gap) - _top(blocks[-2], heights, gap) < gap - 1e-12:
-            block = blocks.pop()
-            blocks[-1] += block
-    placed = {place: _bottom(block, heights, gap) + gap * step for block in blocks for step, place in enumerate(block)}
-    return [placed[place] for place in range(len(heights))]
-
-
-def _middle(block: Sequence[int], heights: Sequence[float]) -> float:
-    return sum(heights[place] for place in block) / len(block)
-
-
-def _bottom(block: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return _middle(block, heights) - gap * (len(block) - 1) / 2
-
-
-def _top(block: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    return _middle(block, heights) + gap * (len(block) - 1) / 2
+        found.get_title().set(fontsize=9, color=_INK)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flexfed.curves import curves, spread
+from flexfed.curves import curves
 from flexfed.report import (
     EventWriter,
     curves_png,
@@ -146,17 +146,6 @@ def test_curves_png_leaves_pyplot_alone(tmp_path):
 
     curves_png(ROUNDS, tmp_path / "curves.png", "title")
     assert pyplot.get_fignums() == []
-
-
-def test_spread_keeps_what_is_far_apart():
-    assert spread([0.9, 0.1, 0.5], 0.1) == pytest.approx([0.9, 0.1, 0.5])
-
-
-def test_spread_moves_neighbours_around_their_middle():
-    assert spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
-    assert spread([0.50, 0.52, 0.51], 0.1) == pytest.approx([0.41, 0.61, 0.51])
-    assert spread([0.5, 0.5, 0.58], 0.1) == pytest.approx([0.42667, 0.52667, 0.62667], abs=1e-4)
-    assert spread([], 0.1) == []
 
 
 # --- events -------------------------------------------------------------------------------------------------
