@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from flexfed.submodel import Submodel, as_slice, narrow_shapes, positions
+from flexfed.submodel import Submodel, as_slice, narrow_shapes, positions, relative_positions
 from flexfed.units import Arrays, Layout
 
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
@@ -161,9 +161,9 @@ class Averager:
                 continue
             pool.total[target - run : target].add_(flat[source - run : source], alpha=weight)
             run = 0
-            row = torch.from_numpy(np.flatnonzero(submodel.units[self._layout.axes[name][0]]))
             into = pool.total[target : target + math.prod(wide)].view(wide)
-            into.index_add_(0, row, flat[source : source + size].view(shapes[name]), alpha=weight)
+            kept = relative_positions(self._layout, pool.submodel, submodel, name)
+            add_at(into, kept, flat[source : source + size].view(shapes[name]), weight)
             source, target = source + size, target + math.prod(wide)
         pool.total[target - run : target].add_(flat[source - run : source], alpha=weight)
 
@@ -201,28 +201,27 @@ class Averager:
 
     def _without_masked(self, name: str, count: np.ndarray, submodel: Submodel, weight: float) -> np.ndarray:
         count = np.array(np.broadcast_to(count, self._layout.shapes[name]))
-        absent = torch.from_numpy((~submodel.masks[name]).astype(count.dtype))
+        absent = torch.from_numpy(np.asarray(~submodel.masks[name], dtype=count.dtype))
         add_at(torch.from_numpy(count), positions(self._layout, submodel, name), absent, -weight)
         return count
 
     def _coverage(self, name: str, rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Weight that covers each (output, input) pair of a tensor: a product of two small matrices.
+        """Weight that covers each (first axis, second axis) pair of a tensor: a product of two small matrices.
 
         Args:
             name: the tensor.
             rows: for each kind of reply the weight of every unit, and which units are present.
         """
-        axes = self._layout.axes[name]
-        shape = self._layout.shapes[name]
+        axes, shape = self._layout.axes[name], self._layout.shapes[name]
         if not axes:
             return np.asarray(sum(weights.max() for weights, _ in rows), dtype=np.float32)
-        first = np.stack(
-            [weights[axes[0]] if axes[0] is not None else np.full(shape[0], weights.max()) for weights, _ in rows]
-        )
+        # Only outputs differ in weight within a kind, so the axis that holds them carries the weights.
+        outputs_second = len(axes) > 1 and axes[1] is not None and bool(self._outputs[axes[1]].any())
+        first = np.stack([_along(axes[0], shape[0], *row, weigh=not outputs_second) for row in rows])
         if len(axes) == 1 or axes[1] is None:
-            return np.asarray(first.sum(axis=0), dtype=np.float32).reshape(-1, *[1] * (len(shape) - 1))
-        second = np.stack([units[axes[1]] for _, units in rows]).astype(np.float32)
-        return (first.astype(np.float32).T @ second).reshape(*shape[:2], *[1] * (len(shape) - 2))
+            return np.asarray(first.sum(axis=0)).reshape(-1, *[1] * (len(shape) - 1))
+        second = np.stack([_along(axes[1], shape[1], *row, weigh=outputs_second) for row in rows])
+        return np.asarray(first.T @ second).reshape(*shape[:2], *[1] * (len(shape) - 2))
 
     def _weight(self, name: str) -> np.ndarray:
         if self._per == "total":
@@ -244,6 +243,12 @@ class Averager:
             values = pool.total[start : start + math.prod(shape)].view(shape)
             add_at(into, positions(self._layout, pool.submodel, name), values, 1.0)
         return into.numpy()
+
+
+def _along(axis: np.ndarray | None, size: int, weights: np.ndarray, units: np.ndarray, weigh: bool) -> np.ndarray:
+    """One kind of reply along one axis, float32: its weight, or 1, where it is present, else 0."""
+    values = weights if weigh else units
+    return (np.full(size, values.max()) if axis is None else values[axis]).astype(np.float32)
 
 
 def _shared(array: np.ndarray) -> torch.Tensor:
@@ -281,6 +286,8 @@ def refuse_non_finite(flat: torch.Tensor) -> None:
 
 def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torch.Tensor, weight: float) -> None:
     """into[kept] += weight * values, in place: by slices where axes are kept as runs, else by (row, column) pairs."""
+    if not values.numel():
+        return
     runs = [slice(None) if index is None else as_slice(index) for index in kept]
     if all(run is not None for run in runs):
         into[tuple(run for run in runs if run is not None)].add_(values, alpha=weight)
