@@ -19,6 +19,7 @@ from flexfed.data import ServerData
 from flexfed.devices import Device
 from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
+    cause_of,
     from_record_of_arrays,
     job_content,
     num_bytes,
@@ -182,7 +183,7 @@ class SubmodelStrategy(Strategy):
         for reply in replies:
             partition = self.federation.partition_of(reply)
             if reply.has_error():
-                self._note(self.record.failed, partition, reply.error.reason or f"error code {reply.error.code}")
+                self._note(self.record.failed, partition, cause_of(reply.error))
             else:
                 try:
                     self._fold(averager, server_round, partition, reply)
@@ -209,7 +210,7 @@ class SubmodelStrategy(Strategy):
         self.observe(server_round, partition, update)
 
     def _note(self, where: list[dict[str, Any]], partition: int, reason: str) -> None:
-        reason = " ".join(reason.split())[-300:]
+        reason = " ".join(reason.split())[:300]
         where.append({"partition": partition, "reason": reason})
         log.warning("round %s: client %s left out: %s", self.record.server_round, partition, reason)
 
@@ -281,7 +282,7 @@ class SubmodelStrategy(Strategy):
 
 def _read_evaluation(reply: Message) -> Evaluation:
     if reply.has_error():
-        raise ValueError(f"evaluation failed: {reply.error.reason}")
+        raise ValueError(f"evaluation failed: {cause_of(reply.error)}")
     metrics: Any = reply.content.metric_records.get("metrics", {})
     try:
         result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from flexfed.batchnorm import BatchNormSums, Statistics, add_sums, norm_widths, statistics, unpack_sums
 from flexfed.cost import shares
 from flexfed.devices import Device
-from flexfed.flower.messages import from_record_of_arrays, job_content, num_bytes, to_array
+from flexfed.flower.messages import cause_of, from_record_of_arrays, job_content, num_bytes, to_array
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fixed_levels, parse_shares
 from flexfed.select import prefix_ratio
@@ -89,11 +89,11 @@ class HeteroFL(SubmodelStrategy):
         mode = self.task.method.batch_norm
         if mode == "batch" or self.settings.batch_norm == "batch":
             return dict.fromkeys(self.levels())
-        found = super().level_statistics(server_round, arrays, grid)
-        return {**found, **self._asked(server_round, arrays, grid)} if mode == "federated" else found
+        found = self._asked(server_round, arrays, grid) if mode == "federated" else {}
+        return {n: found[n] if n in found else self._proxy_statistics(s, arrays) for n, s in self.levels().items()}
 
     def _asked(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics]:
-        """Statistics of each level, summed over the clients that can hold it; a level nobody answers for is left out."""
+        """Statistics of each level, summed over the clients that can hold it; none for a level nobody answers for."""
         sums: dict[str, BatchNormSums] = {}
         levels = self.levels()
         widths = {
@@ -133,7 +133,7 @@ class HeteroFL(SubmodelStrategy):
 
     def _answer(self, reply: Message, widths: Mapping[str, Mapping[str, int]]) -> dict[str, BatchNormSums]:
         if reply.has_error():
-            raise ValueError(reply.error.reason)
+            raise ValueError(cause_of(reply.error))
         definition: Any = self.task.method.statistics
         records = reply.content.array_records
         if not set(records) <= set(widths):

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flexfed.devices import Device
-from flexfed.flower.messages import code_fingerprint, read_profile
+from flexfed.flower.messages import cause_of, code_fingerprint, read_profile
 from flexfed.jobs import Task
 
 log = logging.getLogger("flwr")
@@ -65,7 +65,7 @@ class Federation:
 
     def _learn(self, reply: Message, reasons: list[str]) -> int:
         if reply.has_error():
-            reasons.append(" ".join((reply.error.reason or f"error code {reply.error.code}").split())[-300:])
+            reasons.append(cause_of(reply.error))
             log.warning("a client did not tell its profile: %s", reasons[-1])
             return 1
         device, expected = read_profile(reply.content)

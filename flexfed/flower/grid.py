@@ -84,7 +84,7 @@ class InProcessGrid(Grid):
         try:
             return self._app(message, context)
         except Exception as error:  # as Flower's runtimes do: a client's failure is a reply
-            return Message(Error(code=2, reason=f"{type(error)}:<{str(error)!r}>"), reply_to=message)
+            return Message(Error(code=2, reason=f"{type(error).__name__}: {error}"), reply_to=message)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that are ready, each once."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from flexfed.batchnorm import Statistics
 from flexfed.devices import Device, from_record, to_record
@@ -20,6 +21,8 @@ from flexfed.units import Arrays, Layout
 
 _RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
 _DTYPES = ("float32", "float64")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(?:'|\")?(.*?)(?:'|\")?>")
 
 
 def to_array(values: np.ndarray) -> Array:
@@ -166,6 +169,19 @@ def read_profile(content: RecordDict) -> tuple[Device, int]:
     """The device of a client, and how many partitions it believes there are."""
     device = from_record(dict(content.config_records["device"]))
     return device, int(cast(int, content.config_records["config"]["num-partitions"]))
+
+
+def cause_of(error: Error) -> str:
+    """What a client's failure was, in one line: "ValueError: ...".
+
+    Flower's runtimes word it differently (a coloured traceback under Ray, `<class 'ValueError'>:<'...'>` from a
+    SuperNode), and the record of a run should not depend on which one it was.
+    """
+    lines = [line.strip() for line in _COLOUR.sub("", error.reason or "").splitlines() if line.strip()]
+    if not lines:
+        return f"error code {error.code}"
+    wrapped = _WRAPPED.fullmatch(" ".join(lines))
+    return f"{wrapped[1]}: {wrapped[2]}" if wrapped else lines[-1]
 
 
 def num_bytes(message: Message) -> int:
