@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 
 from flexfed.batchnorm import collect_sums, pack_sums
 from flexfed.config import Experiment
-from flexfed.data import ClientData, load_client, normalise
+from flexfed.data import ClientData, client_labels, load_client, normalise
 from flexfed.devices import Device, declared, load_fleet
 from flexfed.flower.messages import (
     check_code,
@@ -139,8 +139,8 @@ def _data_path(context: Context) -> str:
 def _known_device(key: _Key, partition: int, partitions: int, path: str, told: _Key) -> Device:
     experiment = _read(key)
     device = load_fleet(experiment.settings.fleet).device(partition, partitions, experiment.settings.seed)
-    data = load_client(replace(experiment.data, data_path=path), partition, partitions)
-    device = replace(device, num_examples=len(data.train.labels), labels=data.labels)
+    num_train, labels = client_labels(replace(experiment.data, data_path=path), partition, partitions)
+    device = replace(device, num_examples=num_train, labels=labels)
     return declared(device, dict(told))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -81,6 +83,8 @@ class Peak:
 def memory_peak(every_s: float = 0.001) -> Iterator[Peak]:
     """Watch resident memory from a second thread: tracemalloc does not see torch's."""
     gc.collect()
+    if sys.platform == "linux":  # memory freed before the start must not be found again unnoticed
+        ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
     peak = Peak(process.memory_info().rss)
 

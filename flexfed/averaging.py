@@ -1,6 +1,6 @@
 """Put the parts together again: fold one reply at a time, then take the mean where somebody spoke.
 
-Covered-mean aggregation (../docs of each method name its weights): for every entry p of the global model,
+Covered-mean aggregation (each method says what its weights are): for every entry p of the global model,
 
     new[p] = old[p] + sum_c w_c * difference_c[p] / D[p]
 
@@ -24,6 +24,7 @@ from flexfed.submodel import Submodel, as_slice, narrow_shapes, positions, relat
 from flexfed.units import Arrays, Layout
 
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
+_LARGEST = 1e18  # of an entry: its square, and a sum of many, still fit in float32
 _BLOCK = 256  # replies whose coverage is kept as bits before it is counted
 
 
@@ -103,7 +104,7 @@ class Averager:
         self.num_replies += 1
 
     def result(self) -> Arrays:
-        """The new model. Entries nobody covered, and tensors the layout does not know, keep their bytes."""
+        """The new model; ends the averager. What nobody covered, or the layout does not know, keeps its bytes."""
         new = {name: np.array(array) for name, array in self._previous.items()}
         for name in self._layout.shapes:
             numerator = self._numerator(name)
@@ -273,15 +274,15 @@ def _place(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, tuple
 
 
 def refuse_non_finite(flat: torch.Tensor) -> None:
-    """Raise ValueError where a vector holds NaN or infinity.
+    """Raise ValueError where a vector holds NaN, infinity, or numbers so large that a sum of them overflows.
 
-    A sum carries every NaN and infinity into one number, at the speed of reading; only when that number is not
-    finite (or the sum itself overflowed) are the entries looked at.
+    The sum of squares carries every such entry into one number, at the speed of reading; only when that number
+    is not finite are the entries looked at.
     """
-    if not math.isfinite(float(flat.sum())):
-        bad = int((~torch.isfinite(flat)).sum())
+    if not math.isfinite(float(flat.dot(flat))):
+        bad = int((~(flat.abs() < _LARGEST)).sum())
         if bad:
-            raise ValueError(f"{bad} of {flat.numel()} numbers are NaN or infinite")
+            raise ValueError(f"{bad} of {flat.numel()} numbers are NaN or infinite, or above {_LARGEST:.0e}")
 
 
 def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torch.Tensor, weight: float) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexfed.overrides import Scalar, defaults, parse_overrides
+from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides
 
 if TYPE_CHECKING:
     from flexfed.compare import Comparison
@@ -23,6 +23,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pret
 
 APP_DIR = Path(__file__).resolve().parent.parent
 RUNS_DIR = "~/.flexfed/runs"
+SUPERNODES = 20
 
 Config = Annotated[
     list[str] | None,
@@ -30,7 +31,14 @@ Config = Annotated[
         "--config", "-c", help="Overrides, as after `flwr run -c`: \"strategy='flexfl' seed=2\" or FILE.toml."
     ),
 ]
-Supernodes = Annotated[int, typer.Option(min=1, help="Simulated devices.")]
+Supernodes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Simulated devices; default: what a line `# supernodes = 100` in the comment at the head of a "
+        "-c FILE.toml says, else 20.",
+    ),
+]
 Cpus = Annotated[
     int | None,
     typer.Option(min=1, help="Clients that work at the same time, one CPU each; default: all CPUs."),
@@ -42,22 +50,38 @@ InProcess = Annotated[
 
 
 @app.command()
-def run(config: Config = None, supernodes: Supernodes = 20, cpus: Cpus = None, in_process: InProcess = False) -> None:
+def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None, in_process: InProcess = False) -> None:
     """Run one experiment; exits with 1 when it failed."""
     with _errors():
-        app_dir = require_app(APP_DIR)
-        if not in_process:
-            from flexfed.launch import run_simulation
-
-            raise typer.Exit(run_simulation(app_dir, config or [], supernodes, cpus))
-        if cpus is not None:
+        app_dir, texts = require_app(APP_DIR), config or []
+        if in_process and cpus is not None:
             raise ValueError("--cpus has no effect with --in-process, which trains one client after the other")
-        raise typer.Exit(_run_in_process(app_dir, parse_overrides(config or [], defaults(app_dir)), supernodes))
+        known = defaults(app_dir)
+        values = parse_overrides(texts, known)
+        devices = supernodes or head_supernodes(texts) or SUPERNODES
+        # Before torch is imported: another number of threads changes the bits.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        check_configuration({**known, **values})
+        if in_process:
+            raise typer.Exit(_run_in_process(app_dir, values, devices))
+        from flexfed.launch import run_simulation
+
+        raise typer.Exit(run_simulation(app_dir, texts, devices, cpus))
+
+
+def check_configuration(values: Mapping[str, Scalar]) -> None:
+    """Refuse an impossible configuration here, so that no Flower starts for it.
+
+    Raises:
+        ValueError: an unknown name or an impossible value; says which.
+    """
+    from flexfed.config import Experiment
+    from flexfed.devices import load_fleet
+
+    load_fleet(Experiment.read(values).settings.fleet)
 
 
 def _run_in_process(app_dir: Path, overrides: Mapping[str, Scalar], supernodes: int) -> int:
-    # Before torch is imported: another number of threads changes the bits.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = load_runner(app_dir)(overrides, supernodes)
     if (folder / "summary.json").is_file():
         return 0
@@ -107,6 +131,8 @@ def compare(
 
     with _errors():
         failed = 0
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after hours of runs
         if any(target.endswith(".toml") for target in targets):
             if len(targets) > 1:
                 raise ValueError("give one suite, or run folders, not both")
@@ -243,7 +269,9 @@ def _errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except (ValueError, LaunchError) as error:
+    except typer.Exit:  # a RuntimeError, too
+        raise
+    except (ValueError, RuntimeError) as error:
         if not isinstance(error, LaunchError) and not _is_ours(error):
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)

@@ -13,7 +13,7 @@ from flexfed.runs import DEVICE_MEANS, Run, find_runs, leaves_devices_out, load_
 
 # Keys that say which method runs, where files lie and how the machine is used: not what is compared on.
 METHOD_KEYS = frozenset({"strategy", "ratio-policy"})
-PLACE_KEYS = frozenset({"runs-dir", "state-dir", "resume", "replies-in-flight", "torch-threads"})
+PLACE_KEYS = frozenset({"runs-dir", "replies-in-flight", "torch-threads"})
 
 
 # --- what may be compared -----------------------------------------------------------------------------------
@@ -49,10 +49,18 @@ def find_comparable(run: Run, strategy: str = "exclusive") -> Run | None:
         # The name is cheap to look at, and there may be hundreds of runs.
         if path == run.path or f"-{strategy}-" not in path.name:
             continue
-        other = load_run(path)
-        if other.summary and other.config.get("strategy") == strategy and comparable(run, other):
+        other = _load_sound(path)
+        if other and other.summary and other.config.get("strategy") == strategy and comparable(run, other):
             return other
     return None
+
+
+def _load_sound(path: Path) -> Run | None:
+    """The run in a folder; None where the folder is damaged: a neighbour's damage must not fail this run."""
+    try:
+        return load_run(path)
+    except ValueError:
+        return None
 
 
 # --- rows and their numbers ---------------------------------------------------------------------------------
@@ -152,10 +160,11 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
 
 
 def _variant(run: Run) -> tuple[tuple[str, Scalar], ...]:
-    """What makes a row: shared keys but the seed, and the method's own."""
+    """What makes a row: shared keys but the seed, the method's own, and the number of clients."""
     own = f"{run.config.get('strategy')}."
     keys = [key for key in run.config if key not in PLACE_KEYS | {"seed"} and ("." not in key or key.startswith(own))]
-    return tuple((key, run.config[key]) for key in sorted(keys))
+    clients = _num_clients(run)
+    return (*((key, run.config[key]) for key in sorted(keys)), *([("clients", clients)] if clients is not None else []))
 
 
 def _row_names(variants: Sequence[tuple[tuple[str, Scalar], ...]]) -> list[str]:
@@ -180,7 +189,7 @@ def _accuracies(runs: Sequence[Run]) -> list[str]:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """A warning where rows differ in more than the method."""
-    configs = [shared_config(run) for row in rows for run in row.runs.values()]
+    configs = [{**shared_config(run), "clients": _num_clients(run)} for row in rows for run in row.runs.values()]
     keys = sorted({key for config in configs for key in config} - {"seed"})
     differing = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
     return [f"Rows differ in more than the method: {', '.join(differing)}."] if differing else []

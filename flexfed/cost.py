@@ -10,9 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexfed.devices import Device
+from flexfed.networks import Factory, build_on_meta
 from flexfed.submodel import Submodel, narrow_shapes, resize
 from flexfed.training import use_batch_statistics
-from flexfed.units import Factory, Layout, build_on_meta
+from flexfed.units import Layout
 
 BYTES_PER_NUMBER = 4
 BACKWARD_FACTOR = 2  # a backward pass multiplies twice as much as the forward pass: by weights and by activations

@@ -72,6 +72,21 @@ class DeviceClass:
     compute_watts: float = 1.0
     radio_watts: float = 1.0
 
+    def __post_init__(self) -> None:
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "capacity_spread")}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"class {self.kind!r}: {_key(name)} must be a number, got {value!r}")
+        if not self.capacity_spread:
+            raise ValueError(f"class {self.kind!r}: capacity-spread must hold at least one number, got none")
+        for spread in self.capacity_spread:
+            self.device(0, spread)  # refuses impossible values before anything runs
+
+    def device(self, partition: int, spread: float) -> Device:
+        """A device of this class."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("share", "capacity_spread")}
+        return Device(partition=partition, capacity_spread=spread, **facts)
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -88,7 +103,7 @@ class Fleet:
 
     def counts(self, num: int) -> list[int]:
         """Devices of each class: floor(num * share), the remainder goes to the last class."""
-        counts = [math.floor(num * round(c.share, 2) + 1e-9) for c in self.classes[:-1]]
+        counts = [math.floor(num * c.share + 1e-9) for c in self.classes[:-1]]
         return [*counts, num - sum(counts)]
 
     def device(self, partition: int, num: int, seed: int) -> Device:
@@ -98,8 +113,7 @@ class Fleet:
         ends = np.cumsum(self.counts(num))
         kind = self.classes[int(np.searchsorted(ends, partition, side="right"))]
         spread = float(np.random.default_rng([seed, partition]).choice(kind.capacity_spread))
-        facts = {f.name: getattr(kind, f.name) for f in fields(kind) if f.name not in ("share", "capacity_spread")}
-        return Device(partition=partition, capacity_spread=spread, **facts)
+        return kind.device(partition, spread)
 
 
 @lru_cache(maxsize=8)
@@ -113,8 +127,10 @@ def load_fleet(name: str) -> Fleet:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FLEETS.glob("*.toml")))
         raise ValueError(f"unknown fleet {name!r}; known: {known}, or the absolute path of a .toml file")
-    with path.open("rb") as file:
-        rows = tomllib.load(file).get("class", [])
+    try:
+        rows = tomllib.loads(path.read_text(encoding="utf-8")).get("class", [])
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
     return Fleet(tuple(_device_class(row, path.name) for row in rows))
 
 
@@ -134,7 +150,14 @@ def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
     """The device as its SuperNode's node-config declares it: keys there win over the fleet's."""
     names = {f.name for f in fields(Device)} - {"partition", "num_examples", "labels"}
     told: dict[str, Any] = {name: node_config[_key(name)] for name in names if _key(name) in node_config}
-    values: dict[str, Any] = {n: v if n == "kind" else float(v) for n, v in told.items()}
+    for name, value in told.items():
+        if name != "kind" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(
+                f"node-config of partition {device.partition}: {_key(name)} must be a number, got {value!r}"
+            )
+    if "capacity" in told:
+        told.setdefault("capacity_spread", 0.0)  # what a device says of itself is not blurred by the fleet's noise
+    values: dict[str, Any] = {name: value if name == "kind" else float(value) for name, value in told.items()}
     return replace(device, **values)
 
 

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from flexfed.networks import Factory
 from flexfed.select import RatioGroup
 from flexfed.submodel import narrow
-from flexfed.units import Factory, Layout
+from flexfed.units import Layout
 
 _RELUS = frozenset({F.relu, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})
 _HARDTANHS = frozenset({F.hardtanh, F.hardtanh_})  # a ReLU6 module calls hardtanh(0, 6)
@@ -281,7 +282,7 @@ def _unit_means(statistics: Sequence[ReluStatistics], units: Sequence[np.ndarray
 
 
 def _group_score(group: RatioGroup, statistics: Sequence[ReluStatistics], by_unit: np.ndarray, layout: Layout) -> float:
-    inside = [call.apoz.mean() for call in statistics if _runs_inside(call.module, group.modules)]
+    inside = [call.apoz.mean() for call in statistics if runs_inside(call.module, group.modules)]
     if inside:
         return float(np.mean(inside))
     names = {layout.group_of(f"{module}.weight") for module in group.widths}
@@ -290,5 +291,6 @@ def _group_score(group: RatioGroup, statistics: Sequence[ReluStatistics], by_uni
     return float(np.mean(known)) if known else float("nan")
 
 
-def _runs_inside(module: str, owners: Sequence[str]) -> bool:
+def runs_inside(module: str, owners: Sequence[str]) -> bool:
+    """Is a module, or a tensor of it, one of `owners` or below one of them (dotted names)?"""
     return any(owner and (module == owner or module.startswith(f"{owner}.")) for owner in owners)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from flexfed.batchnorm import Statistics
+from flexfed.batchnorm import Statistics, apply_statistics
 from flexfed.cost import forward_macs, training_macs
 from flexfed.devices import Device
-from flexfed.submodel import Submodel, flatten, narrow, relative_positions, take
+from flexfed.networks import Factory
+from flexfed.submodel import Submodel, flatten, narrow, relative_positions, take, unflatten
 from flexfed.training import (
     Evaluation,
     Loss,
@@ -23,7 +24,7 @@ from flexfed.training import (
     fit,
     use_batch_statistics,
 )
-from flexfed.units import Arrays, Factory, Layout
+from flexfed.units import Arrays, Layout
 
 if TYPE_CHECKING:
     from flexfed.data import ClientData
@@ -40,7 +41,6 @@ class Job:
         arrays: the part, narrow.
         device: who is asked.
         config: what this method's client needs besides.
-        state: private arrays the client kept from earlier rounds.
         seed: of this client and round; every draw on the client comes from it.
         server_round: counted from 1.
     """
@@ -51,7 +51,6 @@ class Job:
     config: Mapping[str, Scalar]
     seed: int
     server_round: int
-    state: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,12 @@ class Update:
         difference: float32, flat in wire order: trained part minus received part.
         weight: its weight in the mean where the method weighs by examples.
         metrics: numbers for the record of the round, among them "macs" and "train-loss".
-        state: private arrays to keep on the client.
     """
 
     submodel: Submodel
     difference: np.ndarray
     weight: float
     metrics: Mapping[str, float]
-    state: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,8 +156,6 @@ def make_update(
 
 
 def _part_of(layout: Layout, outer: Submodel, inner: Submodel, difference: np.ndarray) -> np.ndarray:
-    from flexfed.submodel import unflatten
-
     return flatten(layout, inner, shrink(layout, outer, inner, unflatten(layout, outer, difference)))
 
 
@@ -177,8 +172,8 @@ def evaluate_part(
     task: Task, arrays: Arrays, statistics: Statistics | None, samples: Samples, batch_size: int = 128
 ) -> Evaluation:
     """Test a part with the batch-norm statistics of its level, or with those of each batch (None)."""
-    from flexfed.batchnorm import apply_statistics
-
+    if statistics is None and len(samples.labels) % batch_size == 1:
+        return Evaluation(0, 0.0, 0)  # a batch of one sample has no variance: nothing to report
     model = task.network(arrays)
     if statistics is not None:
         apply_statistics(model, statistics)

@@ -26,7 +26,15 @@ FOLDER_LINE = "run folder: "  # the server app prints it last, and the path behi
 _FOLDER = re.compile(re.escape(FOLDER_LINE) + r"(.+?)\s*$")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Said on every run whatever the settings are, and only misleading here.
-_NOISE = ("default simulated SuperNodes changed", "Starting logstream for run_id")
+_NOISE = (
+    "default simulated SuperNodes changed",
+    "Starting logstream for run_id",
+    "Manually terminating",
+    "To change federation size",
+    "simulation-config",
+    "Successfully installed",
+)
+_BLANK = re.compile(r"\s*INFO\s*:?\s*$")
 _POLL_S = 0.3
 
 
@@ -91,7 +99,7 @@ def run_simulation(
         app_dir: folder of pyproject.toml and server_app.py.
         overrides: as after `flwr run -c`; may mix pairs and files, relative paths are resolved.
         supernodes: simulated clients.
-        cpus: clients that work at the same time, each on one CPU; default: all CPUs.
+        cpus: clients that work at the same time, each on one CPU; default: all CPUs. Never more than there are clients.
         bin_dir: where `flwr` and `flower-superlink` are; default: beside the Python that runs this.
         echo: takes the lines of the log and our own.
 
@@ -106,7 +114,7 @@ def run_simulation(
     with signals_as_interrupt(), private_flower(bin_dir or Path(sys.executable).parent) as flower:
         run_id = None
         try:
-            run_id = submit(flower, app_dir, values, supernodes, cpus or num_cpus())
+            run_id = submit(flower, app_dir, values, supernodes, min(cpus or num_cpus(), supernodes))
             return _watch(flower, run_id, echo)
         except LaunchError as error:
             echo(f"{error}\n{_superlink_log(flower.home)}".rstrip())
@@ -201,7 +209,7 @@ def follow(flower: Flower, run_id: str, echo: Echo, how: str = "--stream") -> Pa
         assert process.stdout is not None
         for line in process.stdout:
             plain = _COLOUR.sub("", line)
-            if not any(noise in plain for noise in _NOISE):
+            if not (_BLANK.match(plain) or any(noise in plain for noise in _NOISE)):
                 echo(line.rstrip("\n"))
             if found := _FOLDER.search(plain):
                 folder = Path(found[1])

@@ -61,7 +61,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"no such file: {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+        raise ValueError(f"{path} is not valid TOML: {error}{_doubled_key(path, str(error))}") from error
+
+
+def _doubled_key(path: Path, error: str) -> str:
+    """Which key a file gives twice; tomllib names only the line."""
+    where = re.search(r"overwrite a value \(at (?:line (\d+)|end of document)", error)
+    if not where:
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = lines[int(where[1]) - 1 if where[1] else -1]
+    return f"; {line.partition('=')[0].strip()} is given twice"
 
 
 def defaults(app_dir: Path) -> dict[str, Scalar]:
@@ -89,13 +99,58 @@ def parse_overrides(texts: Iterable[str], known: Mapping[str, Scalar], folder: P
     here = folder or Path.cwd()
     values: dict[str, Scalar] = {}
     for text in texts:
-        if text.strip().endswith(".toml") and "=" not in text:
-            path = here / Path(text.strip()).expanduser()
-            values.update(resolve_paths(flatten(read_toml(path)), path.parent))
+        if _is_file(text):
+            values.update(_read_file(here / Path(text.strip()).expanduser(), known))
         else:
-            values.update(resolve_paths(_parse_pairs(text), here))
-    check_known(values, known)
+            pairs = resolve_paths(_parse_pairs(text), here)
+            check_known(pairs, known)
+            values.update(pairs)
     return values
+
+
+def _is_file(text: str) -> bool:
+    return text.strip().endswith(".toml") and "=" not in text
+
+
+def _read_file(path: Path, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The overrides in a TOML file; errors name it."""
+    table = read_toml(path)
+    try:
+        values = flatten(table)
+        check_known(values, known)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    return resolve_paths(values, path.parent)
+
+
+def head_supernodes(texts: Iterable[str], folder: Path | None = None) -> int | None:
+    """The number of a line `# supernodes = 100` in the comment at the head of a TOML file; the last file wins.
+
+    It is no key of the configuration, because the federation decides it, but belongs to the experiment.
+
+    Args:
+        texts: one entry per `-c`.
+        folder: relative paths start here (default: the current directory).
+
+    Raises:
+        ValueError: no such file, or no whole number >= 1.
+    """
+    here = folder or Path.cwd()
+    paths = [here / Path(text.strip()).expanduser() for text in texts if _is_file(text)]
+    found = [number for path in paths if (number := _head_number(path)) is not None]
+    return found[-1] if found else None
+
+
+def _head_number(path: Path) -> int | None:
+    read_toml(path)  # says what is wrong with the file
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        if said := re.fullmatch(r"#\s*supernodes\s*=\s*(.*?)\s*", line):
+            if not re.fullmatch(r"[1-9]\d*", said[1]):
+                raise ValueError(f"{path.name}: supernodes must be a whole number >= 1, got {said[1]!r}")
+            return int(said[1])
+    return None
 
 
 def _parse_pairs(text: str) -> dict[str, Scalar]:
@@ -106,7 +161,11 @@ def _parse_pairs(text: str) -> dict[str, Scalar]:
             f"cannot read {' '.join(rest)!r} in the configuration {text!r}; expected key=value pairs without "
             'spaces around "=", strings in quotes: -c "strategy=\'flexfl\' seed=2"'
         )
-    lines = [f"{key} = {value}" for key, value in _PAIR.findall(text)]
+    pairs = _PAIR.findall(text)
+    keys = [key for key, _ in pairs]
+    if doubled := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{', '.join(doubled)} is given twice in the configuration {text!r}")
+    lines = [f"{key} = {value}" for key, value in pairs]
     for line in lines:
         _check_line(line)
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NO_LEVELS = frozenset({"levels", "clients", "worst-tenth", "personal"})
 _SIZES = ("XS", "S", "M-", "M", "L-", "L", "XL")
 _NAMES = {
-    "accuracy": "full-size global model",
+    "accuracy": "largest model reported",
     "accuracy-levels": "mean over the levels",
     "accuracy-clients": "mean over the clients",
     "accuracy-worst-tenth": "worst tenth of clients",
@@ -125,8 +125,14 @@ def final_table(
         path: the run folder, named in the last line (which may be longer).
     """
     names = [name for name in quality_metrics(rounds) if name.startswith("accuracy")]
-    title = f"\n{title_of(summary)} · {summary['rounds']} rounds\n"
-    parts = (_accuracy_table(summary, _ordered(names), other), "", _cost_table(summary, other), "")
+    size = f" · {summary['parameters']:,} parameters" if "parameters" in summary else ""
+    title = f"\n{title_of(summary)} · {summary['rounds']} rounds{size}\n"
+    parts = (
+        _accuracy_table(summary, _without_doubles(summary, _ordered(names)), other),
+        "",
+        _cost_table(summary, other),
+        "",
+    )
     text = plain_text(100, title, *parts)
     return text + (f"\nrun folder: {path}" if path else "")
 
@@ -142,10 +148,28 @@ def plain_text(width: int, *renderables: Any) -> str:
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
-    """The full-size model first, then the levels from small to large, then means over devices."""
+    """The largest model first, then the levels from small to large, then means over devices."""
     levels = [f"accuracy-{name}" for name in level_names(names)]
     wanted = ["accuracy", *levels, *(name for name in _NAMES if name != "accuracy")]
     return [name for name in wanted if name in names]
+
+
+def _without_doubles(summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """The rows, without those of a method's only level that repeat the first one."""
+    levels = level_names(names)
+    doubles = {"accuracy-levels", f"accuracy-{levels[0]}"} if len(levels) == 1 else set()
+    return [name for name in names if name not in doubles or not _same_numbers(summary, name, "accuracy")]
+
+
+def _same_numbers(summary: Mapping[str, Any], one: str, other: str) -> bool:
+    return all(summary[part].get(one) == summary[part].get(other) for part in ("final", "last10", "best"))
+
+
+def _label(summary: Mapping[str, Any], name: str) -> str:
+    """What a row of the accuracies is called."""
+    if name == "accuracy-levels" and summary.get("headline-levels"):
+        return f"mean of {', '.join(summary['headline-levels'])}"
+    return _NAMES.get(name, f"level {name.removeprefix('accuracy-')}")
 
 
 def _new_table(first: str, columns: Sequence[str]) -> Table:
@@ -162,8 +186,9 @@ def _new_table(first: str, columns: Sequence[str]) -> Table:
 
 
 def _accuracy_table(summary: Mapping[str, Any], names: Sequence[str], other: Run | None) -> Table:
-    columns = ["final", "mean of\nlast 10", "best"]
-    columns += [f"{_other_name(other)},\nlast 10", "difference,\npoints"] if other else []
+    which = "last 10" if summary["rounds"] >= 10 else "all"
+    columns = ["final", f"mean of\n{which}", "best"]
+    columns += [f"{_other_name(other)},\n{which}", "difference,\npoints"] if other else []
     table = _new_table("accuracy", columns)
     for name in names:
         cells = [percent(summary[part].get(name)) for part in ("final", "last10", "best")]
@@ -171,7 +196,7 @@ def _accuracy_table(summary: Mapping[str, Any], names: Sequence[str], other: Run
             mine, theirs = summary["last10"].get(name), _comparable_value(other, name)
             both = mine is not None and theirs is not None
             cells += [percent(theirs), points(mine - theirs) if both else "-"]
-        table.add_row(_NAMES.get(name, f"level {name.removeprefix('accuracy-')}"), *cells)
+        table.add_row(_label(summary, name), *cells)
     return table
 
 

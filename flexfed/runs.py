@@ -190,7 +190,7 @@ def load_run(path: str | Path) -> Run:
         path=folder,
         config=flatten(read_toml(folder / "config.toml")),
         rounds=_read_lines(folder / "metrics.jsonl"),
-        timing={line["round"]: line["seconds"] for line in timing},
+        timing={line["round"]: line["seconds"] for line in timing if {"round", "seconds"} <= line.keys()},
         summary=_read_summary(folder / "summary.json"),
     )
 
@@ -204,7 +204,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
-    return _parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    summary = _parse_json(path.read_text(encoding="utf-8"), str(path))
+    if missing := [part for part in ("final", "last10") if not isinstance(summary.get(part), dict)]:
+        raise ValueError(f"{path} is no summary of a run: {', '.join(missing)} missing")
+    return summary
 
 
 def _parse_json(text: str, where: str) -> dict[str, Any]:

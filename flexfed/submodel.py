@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flexfed.units import Arrays, Factory, Layout, build_on_meta, travelling
+from flexfed.networks import Factory, build_on_meta, travelling
+from flexfed.units import Arrays, Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Submodel:
     """Which units of a network are present, which tensors, and rarely which single entries.
 
@@ -31,13 +33,21 @@ class Submodel:
     def __post_init__(self) -> None:
         if self.units.dtype != np.bool_ or self.units.ndim != 1:
             raise ValueError(f"units must be a bool vector, got {self.units.dtype} of shape {self.units.shape}")
+        object.__setattr__(self, "units", self.units.copy())
         self.units.flags.writeable = False
 
-    @property
+    @cached_property
     def key(self) -> bytes:
-        """Equal for equal unit sets and tensors: what replies are pooled by."""
+        """Equal for equal units, tensors and masks: what replies are pooled by."""
         names = "" if self.keys is None else "\n".join(sorted(self.keys)) + "\n"
-        return np.packbits(self.units).tobytes() + names.encode()
+        masks = b"".join(n.encode() + np.packbits(m).tobytes() for n, m in sorted(self.masks.items()))
+        return np.packbits(self.units).tobytes() + names.encode() + masks
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Submodel) and len(self.units) == len(other.units) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def holds(self, tensor: str) -> bool:
         """Is the tensor present (as a whole or in part)?"""
@@ -195,14 +205,11 @@ def unpack(layout: Layout, packed: Mapping[str, bytes]) -> Submodel:
         keys = frozenset(filter(None, packed["keys"].decode(errors="replace").split("\n")))
         if not keys <= layout.shapes.keys():
             raise ValueError(f"submodel names unknown tensors: {sorted(keys - layout.shapes.keys())[:3]}")
-    shapes = narrow_shapes(layout, Submodel(units, keys))
-    masks = {}
-    for field_name, value in packed.items():
-        if field_name.startswith("mask:"):
-            name = field_name.removeprefix("mask:")
-            if name not in shapes:
-                raise ValueError(f"submodel masks an unknown tensor: {name!r}")
-            masks[name] = _bits(value, math.prod(shapes[name]), field_name).reshape(shapes[name])
+    masked = {name.removeprefix("mask:"): bits for name, bits in packed.items() if name.startswith("mask:")}
+    shapes = narrow_shapes(layout, Submodel(units, keys)) if masked else {}
+    if not masked.keys() <= shapes.keys():
+        raise ValueError(f"submodel masks an unknown tensor: {sorted(masked.keys() - shapes.keys())[0]!r}")
+    masks = {n: _bits(b, math.prod(shapes[n]), f"mask:{n}").reshape(shapes[n]) for n, b in masked.items()}
     return Submodel(units, keys, masks)
 
 
@@ -218,17 +225,20 @@ def _bits(packed: bytes, num: int, what: str) -> np.ndarray:
 def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """Give a network on `meta` narrow tensors, and modules the channel counts that follow from them."""
     for name, shape in shapes.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        tensor = torch.empty(shape, device="meta")
-        if leaf in module._parameters:
-            old = module._parameters[leaf]
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
-        else:
-            module._buffers[leaf] = tensor
+        _put(model, name, torch.empty(shape, device="meta"))
     for module in model.modules():
         _fit_counts(module)
     return model
+
+
+def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Replace a parameter or a buffer; a frozen parameter stays frozen."""
+    module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is None or old.requires_grad)
+    else:
+        module._buffers[leaf] = tensor
 
 
 def _fit_counts(module: nn.Module) -> None:
@@ -253,6 +263,7 @@ def _fit_counts(module: nn.Module) -> None:
 def _fill_statistics(norm: _BatchNorm) -> None:
     if norm.running_mean is not None and norm.running_mean.is_meta:
         norm.running_mean = torch.zeros(norm.num_features)
+    if norm.running_var is not None and norm.running_var.is_meta:
         norm.running_var = torch.ones(norm.num_features)
     if norm.num_batches_tracked is not None and norm.num_batches_tracked.is_meta:
         norm.num_batches_tracked = torch.zeros((), dtype=torch.long)
@@ -282,13 +293,7 @@ def narrow(factory: Factory, arrays: Mapping[str, np.ndarray]) -> nn.Module:
         )
     resize(model, {name: array.shape for name, array in arrays.items() if array.ndim})
     for name, array in arrays.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        tensor = torch.from_numpy(np.array(array, order="C"))
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, module._parameters[leaf].requires_grad)  # type: ignore[union-attr]
-        else:
-            module._buffers[leaf] = tensor
+        _put(model, name, torch.from_numpy(np.array(array, order="C")))
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _fill_statistics(module)

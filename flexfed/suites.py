@@ -11,7 +11,7 @@ from typing import Any
 
 from flexfed.compare import PLACE_KEYS, Comparison, Row
 from flexfed.overrides import Scalar, check_known, flatten, near_matches, read_toml, resolve_paths
-from flexfed.runs import find_runs, load_run, write_atomic
+from flexfed.runs import Run, find_runs, load_run, write_atomic
 
 MARKER = "finished.json"
 _KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "base", "row")
@@ -86,11 +86,17 @@ def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
         name=str(table.get("name", path.stem)),
         seeds=seeds,
         baseline=baseline,
-        supernodes=int(table.get("supernodes", 20)),
+        supernodes=_read_supernodes(path, table.get("supernodes", 20)),
         metrics=tuple(table.get("metrics", ("accuracy", "accuracy-levels"))),
         rows=rows,
         runs_dir=Path(str(base.get("runs-dir", known.get("runs-dir", "~/.flexfed/runs")))).expanduser(),
     )
+
+
+def _read_supernodes(path: Path, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{path.name}: supernodes must be a whole number >= 1, got {value!r}")
+    return value
 
 
 def _read_rows(
@@ -140,14 +146,22 @@ def _suite_run(suite: Suite, row: str, seed: int, known: Mapping[str, Scalar]) -
 
 
 def finished_folder(run: SuiteRun) -> Path | None:
-    """The run folder of an earlier, finished run with the same configuration and as many clients."""
-    marker = run.folder / MARKER
-    if not marker.is_file():
+    """The run folder of an earlier, finished run with the same configuration and as many clients.
+
+    A damaged marker or run folder counts as none: the run is done again.
+    """
+    found = _finished_run(run)
+    return found.path if found else None
+
+
+def _finished_run(run: SuiteRun) -> Run | None:
+    try:
+        record = json.loads((run.folder / MARKER).read_text(encoding="utf-8"))
+        same = record["supernodes"] == run.supernodes and same_config(record["config"], run.config)
+        found = load_run(run.folder / record["run"]) if same else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no marker, or damage
         return None
-    record = json.loads(marker.read_text(encoding="utf-8"))
-    folder: Path = run.folder / record["run"]
-    same = record["supernodes"] == run.supernodes and same_config(record["config"], run.config)
-    return folder if same and (folder / "summary.json").is_file() else None
+    return found if found and found.summary else None
 
 
 def same_config(recorded: Mapping[str, Scalar], expected: Mapping[str, Scalar]) -> bool:
@@ -180,15 +194,29 @@ def mark_finished(run: SuiteRun) -> None:
 
 
 def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
-    """The suite's tables from the runs that are finished."""
-    found: dict[str, dict[int, Any]] = {row: {} for row in suite.rows}
+    """The suite's tables from the runs that are finished.
+
+    Raises:
+        ValueError: no finished run has one of the suite's metrics; lists those there are.
+    """
+    found: dict[str, dict[int, Run]] = {row: {} for row in suite.rows}
     missing = 0
     for run in runs:
-        folder = finished_folder(run)
-        if folder is None:
+        finished = _finished_run(run)
+        if finished is None:
             missing += 1
         else:
-            found[run.row][run.seed] = load_run(folder)
+            found[run.row][run.seed] = finished
+    _check_metrics(suite, [run for by_seed in found.values() for run in by_seed.values()])
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
     notes += [f"Runs still missing: {missing}."] if missing else []
     return Comparison(suite.name, [Row(*item) for item in found.items()], suite.baseline, suite.metrics, notes)
+
+
+def _check_metrics(suite: Suite, runs: Sequence[Run]) -> None:
+    known = sorted({name for run in runs for name in (run.summary or {})["last10"]})
+    for metric in suite.metrics if runs else ():
+        if metric not in known:
+            raise ValueError(
+                f"suite {suite.name}: no finished run has the metric {metric!r}; known: {', '.join(known)}"
+            )

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 COSTS = {
     "bytes-down": "sent to devices",
     "bytes-up": "sent back",
+    "bytes-evaluation": "for evaluation",
     "macs": "multiply-adds",
+    "macs-evaluation": "for evaluation, as well",
     "modelled-seconds": "modelled time",
+    "joules": "modelled energy",
 }
 
 

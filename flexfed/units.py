@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from flexfed.networks import (
+    WAY_OUT,
+    Factory,
+    build_on_meta,
+    is_depthwise,
+    refuse_lost_buffers,
+    refuse_uncuttable,
+    travelling,
+)
 
 Arrays = dict[str, np.ndarray]
 """A state dict as numpy arrays."""
-
-Factory = Callable[[], nn.Module]
-"""Builds the full network; must work on the `meta` device."""
-
-_WAY_OUT = "; replace that module, or give the network a hand-written Layout as its attribute `layout`"
 
 
 @dataclass(frozen=True)
@@ -114,55 +118,19 @@ def trace_layout(factory: Factory, example_shape: tuple[int, ...]) -> Layout:
     model = build_on_meta(factory).train(False)
     by_hand = getattr(model, "layout", None)
     if isinstance(by_hand, Layout):
+        expected = {name: tuple(tensor.shape) for name, tensor in travelling(model).items()}
+        if dict(by_hand.shapes) != expected:
+            differ = sorted(set(by_hand.shapes.items()) ^ set(expected.items()))[:3]
+            raise ValueError(f"the hand-written layout does not fit the network's tensors; they differ in {differ}")
+        _check_narrow(factory, by_hand, example_shape)
         return by_hand
-    _refuse_uncuttable(model)
+    refuse_uncuttable(model)
+    refuse_lost_buffers(model)
     tensors = {name: tuple(t.shape) for name, t in travelling(model).items()}
     groups, axes, fixed = _numbered(model, tensors, example_shape)
     layout = Layout(groups, {n: tuple(a) for n, a in axes.items()}, tensors, fixed)
     _check_narrow(factory, layout, example_shape)
     return layout
-
-
-def build_on_meta(factory: Factory) -> nn.Module:
-    """The network without memory; one that reads values while it is built is built for real and then emptied."""
-    try:
-        with torch.device("meta"):
-            return factory()
-    except NotImplementedError:
-        return factory().to("meta")
-
-
-def travelling(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The floating-point tensors of a network that are trained and sent: all but batch norm's statistics."""
-    local = {
-        f"{name}.{buffer}" if name else buffer
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
-        for buffer in ("running_mean", "running_var")
-    }
-    return {n: t for n, t in model.state_dict().items() if n not in local and t.is_floating_point()}
-
-
-def _refuse_uncuttable(model: nn.Module) -> None:
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in names:
-            raise ValueError(f"{name!r} and {names[id(parameter)]!r} are one shared parameter; untie them{_WAY_OUT}")
-        names[id(parameter)] = name
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            raise ValueError(
-                f"module {name!r} ({kind}) cannot be cut: its result depends on which units are present; "
-                f"use batch norm{_WAY_OUT}"
-            )
-        groups = getattr(module, "groups", 1)
-        if isinstance(module, nn.modules.conv._ConvNd) and groups > 1 and not _is_depthwise(module):
-            raise ValueError(f"module {name!r} ({kind} with groups={groups}) cannot be traced{_WAY_OUT}")
-
-
-def _is_depthwise(conv: nn.modules.conv._ConvNd) -> bool:
-    return bool(conv.groups == conv.in_channels == conv.out_channels)
 
 
 def _numbered(
@@ -185,19 +153,30 @@ def _numbered(
             fixed.add(title)  # units that feed no layer are the network's outputs
         for name, axis, places, roots in group:
             units = axes[name][axis]
+            if tensors[name][axis] <= places.max():
+                raise ValueError(
+                    f"module {name.rpartition('.')[0]!r} cannot be traced: more channels reach {name!r} than "
+                    f"the {tensors[name][axis]} it has{WAY_OUT}"
+                )
             if units is None:
                 units = axes[name][axis] = np.full(tensors[name][axis], -1, dtype=np.int64)
             units[places] = start + roots
         start = stop
-    _refuse_untraced(axes)
+    _refuse_untraced({name: units for name, units in axes.items() if not _is_one_slope(model, name)})
     return groups, axes, frozenset(fixed)
+
+
+def _is_one_slope(model: nn.Module, tensor: str) -> bool:
+    """One number for all channels alike: no axis to cut."""
+    module = model.get_submodule(tensor.rpartition(".")[0])
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
 def _refuse_untraced(axes: Mapping[str, list[np.ndarray | None]]) -> None:
     for name, units in axes.items():
         if any(u is not None and (u < 0).any() for u in units) or (units and units[0] is None):
             module = name.rpartition(".")[0]
-            raise ValueError(f"module {module!r} cannot be traced: positions of {name!r} belong to no group{_WAY_OUT}")
+            raise ValueError(f"module {module!r} cannot be traced: positions of {name!r} belong to no group{WAY_OUT}")
 
 
 _Entry = tuple[str, int, np.ndarray, np.ndarray]  # tensor, axis, positions, unit of each within its group
@@ -211,7 +190,7 @@ def _traced_groups(
         graph, found = _dependency_groups(model, example)
     except Exception as error:  # the tracer fails in many ways; all of them end here, with the module's name
         where = _smallest_untraceable(model, example)
-        raise ValueError(f"module {where!r} cannot be traced ({type(error).__name__}: {error}){_WAY_OUT}") from error
+        raise ValueError(f"module {where!r} cannot be traced ({type(error).__name__}: {error}){WAY_OUT}") from error
     traced = [list(_entries(graph, group, names, tensors)) for group in found]
     return [group for group in traced if group]
 
@@ -254,11 +233,13 @@ def _entries(
         if id(module) not in names or not list(module.parameters(recurse=False)):
             continue  # operations without parameters: sums, activations, flatten
         name = names[id(module)]
+        if _is_one_slope(module, "weight"):
+            continue
         places, roots = np.asarray(item.idxs), np.asarray(item.root_idxs)
         outgoing = graph.is_out_channel_pruning_fn(item.dep.handler) or not isinstance(
             module, nn.modules.conv._ConvNd | nn.Linear
         )
-        if isinstance(module, nn.modules.conv._ConvNd) and _is_depthwise(module):
+        if isinstance(module, nn.modules.conv._ConvNd) and is_depthwise(module):
             outgoing = True
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         for parameter in ("weight", "bias") if outgoing else ("weight",):
@@ -286,4 +267,4 @@ def _check_narrow(factory: Factory, layout: Layout, example_shape: tuple[int, ..
         model(torch.zeros(2, *example_shape, device="meta"))
     except Exception as error:
         last = running[-1] if running else ""
-        raise ValueError(f"module {last!r} cannot be cut: at half width it fails with '{error}'{_WAY_OUT}") from error
+        raise ValueError(f"module {last!r} cannot be cut: at half width it fails with '{error}'{WAY_OUT}") from error

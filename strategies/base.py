@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 from flexfed.averaging import Averager
 from flexfed.batchnorm import Statistics, collect_sums, statistics
 from flexfed.config import Experiment
-from flexfed.cost import shares
+from flexfed.cost import num_parameters, shares
 from flexfed.data import ServerData
 from flexfed.devices import Device
 from flexfed.flower.federation import Federation
@@ -72,6 +72,8 @@ class SubmodelStrategy(Strategy):
         self.record = RoundRecord(0)
         self.asked = self.accepted = 0  # jobs and valid replies of the whole run
         self._assigned: Mapping[int, Assignment] = {}
+        self._sent_beside: dict[int, int] = {}  # partition -> bytes of the last query or test sent to it
+        self._statistics: Mapping[str, Statistics | None] = {}
 
     # What a method says -------------------------------------------------------------------------------------
 
@@ -124,6 +126,10 @@ class SubmodelStrategy(Strategy):
             return dict.fromkeys(self.levels())
         return {name: self._proxy_statistics(level, arrays) for name, level in self.levels().items()}
 
+    def facts(self) -> dict[str, Any]:
+        """What a method wants to leave in summary.json besides."""
+        return {}
+
     # The round ------------------------------------------------------------------------------------------------
 
     def cohort_size(self, num_devices: int) -> int:
@@ -132,11 +138,15 @@ class SubmodelStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what is about to run."""
+        layout, name = self.task.layout, self.settings.strategy
+        size = num_parameters(layout, full(layout))
         log.info(
-            "%s: %s units in %s groups",
-            type(self).__name__,
-            self.task.layout.num_units,
-            len(self.task.layout.groups),
+            "%s on %s: %s parameters, %s units in %s groups",
+            name,
+            self.settings.model,
+            f"{size:,}",
+            layout.num_units,
+            len(layout.groups),
         )
 
     def configure_train(
@@ -191,7 +201,8 @@ class SubmodelStrategy(Strategy):
                     self._note(self.record.refused, partition, str(cause))
             del reply
         if not averager.num_replies:
-            log.warning("round %s: no valid reply; the model stays as it was", server_round)
+            why = "no valid reply" if self._assigned else "no device qualifies"
+            log.warning("round %s: %s; the model stays as it was", server_round, why)
             return None, None
         self.accepted += averager.num_replies
         self._arrays = self.finish(self._arrays, averager.result())
@@ -205,6 +216,9 @@ class SubmodelStrategy(Strategy):
         if not within(update.submodel, assignment.submodel):
             raise ValueError("it claims units or tensors that it was never sent")
         level = self.level_trained(assignment, update)
+        told = self.federation.devices[partition].num_examples
+        if update.weight > told:
+            raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
         averager.add(update.submodel, update.difference, self.weigh(update))
         self.record.count(self.federation.devices[partition], level, update, num_bytes(reply))
         self.observe(server_round, partition, update)
@@ -224,6 +238,7 @@ class SubmodelStrategy(Strategy):
         if server_round % self.settings.evaluate_every and not last:
             return []
         found = self.level_statistics(server_round, self._arrays, grid)
+        self._statistics = found
         self.record.quality = self.evaluate_levels(self._arrays, found)
         return self._evaluation_messages(server_round, found)
 
@@ -240,7 +255,8 @@ class SubmodelStrategy(Strategy):
 
     def _proxy_statistics(self, level: Submodel, arrays: Arrays) -> Statistics:
         model = self.task.network(extract(self.task.layout, level, arrays))
-        return statistics(collect_sums(model, (b.inputs for b in batches(self.server.proxy, STATISTICS_BATCH))))
+        inputs = (batch.inputs for batch in batches(self.server.proxy, STATISTICS_BATCH))
+        return statistics(collect_sums(model, inputs, "pooled"))  # a short last batch must not weigh like a full one
 
     def testers(self) -> dict[int, str]:
         """The partitions whose device can test an evaluated level, and which."""
@@ -260,8 +276,21 @@ class SubmodelStrategy(Strategy):
             if found[name] is not None:
                 content["statistics"] = statistics_content(found[name])  # type: ignore[arg-type]
             message = self.federation.message(partition, content, "evaluate", server_round)
-            self.record.bytes_beside += num_bytes(message)
+            self._sent_beside[partition] = num_bytes(message)
             yield message
+
+    def final_model(self, arrays: Arrays) -> Arrays:
+        """The model that the run reports, with the batch-norm statistics it was last evaluated with.
+
+        Networks whose norms keep no running statistics get them as `<layer>.running_mean` and `running_var`, too:
+        without them, a loaded model would not give the accuracy reported.
+        """
+        name, top = list(self.levels().items())[-1]
+        model = extract(self.task.layout, top, arrays)
+        for layer, (mean, variance) in (self._statistics.get(name) or {}).items():
+            model[f"{layer}.running_mean"] = mean.astype(np.float32)
+            model[f"{layer}.running_var"] = variance.astype(np.float32)
+        return model
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' own tests and close the round's record."""
@@ -271,8 +300,9 @@ class SubmodelStrategy(Strategy):
             try:
                 result = _read_evaluation(reply)
                 self.record.clients.append(result)
-                self.record.bytes_beside += num_bytes(reply)
-                self.record.macs_beside += result.num_samples * self.task.macs(levels[testers[partition]])
+                macs = result.num_samples * self.task.macs(levels[testers[partition]])
+                travelled = self._sent_beside[partition] + num_bytes(reply)
+                self.record.count_beside("test", self.federation.devices[partition], macs, travelled)
             except ValueError as cause:
                 self._note(self.record.failed, partition, str(cause))
         if self.on_round is not None:
@@ -286,7 +316,7 @@ def _read_evaluation(reply: Message) -> Evaluation:
     metrics: Any = reply.content.metric_records.get("metrics", {})
     try:
         result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
-    except (KeyError, TypeError, ValueError) as cause:
+    except (KeyError, OverflowError, TypeError, ValueError) as cause:
         raise ValueError(f"evaluation reply should hold correct, loss-sum and num-samples, got {cause!r}") from cause
     if not (0 <= result.correct <= result.num_samples and np.isfinite(result.loss_sum)):
         raise ValueError(f"evaluation reply is impossible: {result}")

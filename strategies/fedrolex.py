@@ -21,5 +21,5 @@ class FedRolex(HeteroFL):
         return rolling(self.task.layout, method.ratios[level], server_round, method.direction)
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """Devices that hold the full network test it; no smaller model exists."""
-        return "full" if device.capacity >= 1 else None
+        """Devices whose level is the full network test it; no smaller model exists."""
+        return "full" if self.task.method.ratios[self.level_of(device)] == 1 else None

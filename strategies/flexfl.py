@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from flexfed.cost import num_parameters
+from flexfed.cost import num_parameters, shares
 from flexfed.devices import Device
+from flexfed.importance import runs_inside
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.flexfl import (
     LEVELS,
@@ -16,6 +18,7 @@ from flexfed.methods.flexfl import (
     build_pool,
     capable_level,
     eligible,
+    given_scores,
     keep_scores,
     largest_first,
     redraw,
@@ -32,32 +35,33 @@ class FlexFL(SubmodelStrategy):
     """Five nested levels; the device shrinks what it was sent; see `flexfed.methods.flexfl`."""
 
     _pool: dict[str, Submodel]
+    _apoz: tuple[float, ...]
 
     def prepare(self) -> None:
         """Pre-train on proxy data for the APoZ scores (unless they are given), then cut the pool, once."""
-        model = self.task.factory()
-        groups = ratio_groups(self.task.layout, model)
-        sizes = self._group_parameters(groups)
-        method = self.task.method
-        apoz = method.scores or measure_scores(self.task, self.server, self.settings.seed)
-        scores = keep_scores(apoz, sizes)
+        layout, method = self.task.layout, self.task.method
+        groups = ratio_groups(layout, self.task.factory())
+        apoz = given_scores(method.scores, groups) or measure_scores(self.task, self.server, self.settings.seed)
+        scores = keep_scores(apoz, self._group_parameters(groups))
         pool = build_pool(scores, lambda r: self._share(groups, r), method, [g.name for g in groups])
         self._pool = {
-            name: prefix(self.task.layout, ratio_widths(self.task.layout, groups, ratios.tolist()))
+            name: prefix(layout, ratio_widths(layout, groups, ratios.tolist()))
             for name, ratios in zip(LEVELS, pool, strict=True)
         }
+        self._apoz = tuple(float(a) for a in apoz)
         log.info("APoZ %s", " ".join(f"{g.name}:{a:.3f}" for g, a in zip(groups, apoz, strict=True)))
-        shares = {
-            n: num_parameters(self.task.layout, s) / num_parameters(self.task.layout, self._pool["L"])
-            for n, s in self._pool.items()
-        }
-        log.info("pool %s", " ".join(f"{name}:{share:.3f}" for name, share in shares.items()))
+        log.info("pool %s", " ".join(f"{n}:{s:.3f}" for n, s in shares(layout, self._pool).items()))
+
+    def facts(self) -> dict[str, Any]:
+        """The scores, to pass as `flexfl.scores` another time, and each level's parameters."""
+        parameters = {name: num_parameters(self.task.layout, level) for name, level in self._pool.items()}
+        return {"flexfl.scores": ", ".join(map(repr, self._apoz)), "level-parameters": parameters}
 
     def _group_parameters(self, groups: tuple[RatioGroup, ...]) -> list[int]:
         """P_i: parameters of the tensors in each group's modules."""
         shapes = self.task.layout.shapes
         return [
-            sum(int(np.prod(shape)) for name, shape in shapes.items() if _inside(name, group.modules))
+            sum(int(np.prod(shape)) for name, shape in shapes.items() if runs_inside(name, group.modules))
             for group in groups
         ]
 
@@ -106,7 +110,3 @@ class FlexFL(SubmodelStrategy):
         """The main level that the device nominally holds; the smallest is for everybody."""
         capable = capable_level(100 * device.capacity, self.task.method)
         return LEVELS[max(i for i in MAIN_LEVELS if i <= capable)]
-
-
-def _inside(tensor: str, modules: tuple[str, ...]) -> bool:
-    return any(tensor.startswith(f"{module}.") for module in modules)

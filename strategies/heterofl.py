@@ -47,16 +47,21 @@ class HeteroFL(SubmodelStrategy):
 
     def level_of(self, device: Device) -> int:
         """A device's level: by its capacity, by fixed shares, or as drawn this round."""
-        method, num = self.task.method, len(self.federation.devices)
+        method = self.task.method
         if method.assign == "capacity":
-            parts = {str(i): self._parts[i] for i in range(len(method.ratios))}
-            return capacity_level(device.capacity, list(shares(self.task.layout, parts).values()))
+            return capacity_level(device.capacity, self._sizes)
         if method.assign == "dynamic" and self._dynamic is not None:
-            return int(self._dynamic[self._rank(device)])
-        return int(fixed_levels(num, parse_shares(method.shares, len(method.ratios)))[self._rank(device)])
+            return int(self._dynamic[self._ranks[device.partition]])
+        return int(self._fixed[self._ranks[device.partition]])
 
-    def _rank(self, device: Device) -> int:
-        return sorted(self.federation.devices).index(device.partition)
+    @cached_property
+    def _ranks(self) -> dict[int, int]:
+        return {partition: rank for rank, partition in enumerate(sorted(self.federation.devices))}
+
+    @cached_property
+    def _fixed(self) -> np.ndarray:
+        method = self.task.method
+        return fixed_levels(len(self.federation.devices), parse_shares(method.shares, len(method.ratios)))
 
     def assign(
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
@@ -106,12 +111,13 @@ class HeteroFL(SubmodelStrategy):
                 answer = self._answer(reply, widths)
                 for name, own in answer.items():
                     sums[name] = add_sums(sums[name], own) if name in sums else own
-                self.record.bytes_beside += num_bytes(reply)
-                samples = self.federation.devices[partition].num_examples
-                self.record.macs_beside += samples * sum(self.task.macs(levels[name]) for name in answer)
+                device = self.federation.devices[partition]
+                macs = device.num_examples * sum(self.task.macs(levels[name]) for name in answer)
+                travelled = self._sent_beside[partition] + num_bytes(reply)
+                self.record.count_beside("statistics", device, macs, travelled)
             except (KeyError, ValueError) as cause:
                 self._note(self.record.failed, partition, f"statistics query: {cause}")
-        return {name: statistics(total) for name, total in sums.items()}
+        return {name: statistics(total) for name, total in sums.items() if any(total.counts.values())}
 
     def _questions(self, server_round: int, arrays: Arrays) -> Iterator[Message]:
         """One message a client: its largest level, and the bits of the smaller ones it can cut out of it."""
@@ -128,7 +134,7 @@ class HeteroFL(SubmodelStrategy):
             content["levels"] = ConfigRecord({n: pack(levels[n])["units"] for n in held})
             content["query"] = ConfigRecord({"definition": self.task.method.statistics})
             message = self.federation.message(partition, content, "query.statistics", server_round)
-            self.record.bytes_beside += num_bytes(message)
+            self._sent_beside[partition] = num_bytes(message)
             yield message
 
     def _answer(self, reply: Message, widths: Mapping[str, Mapping[str, int]]) -> dict[str, BatchNormSums]:

@@ -26,7 +26,7 @@ class RoundRecord:
     bytes_beside: int = 0  # of the clients' own tests and of queries
     macs_beside: int = 0
     macs: float = 0.0
-    seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # of each phase, its slowest device
     joules: float = 0.0
     losses: list[tuple[float, float]] = field(default_factory=list)  # (weight, loss)
     refused: list[dict[str, Any]] = field(default_factory=list)
@@ -41,9 +41,19 @@ class RoundRecord:
         self.trained[level] += 1
         self.bytes_up += bytes_up
         self.macs += macs
-        self.seconds = max(self.seconds, modelled_seconds(device, macs, travelled))
-        self.joules += modelled_joules(device, macs, travelled)
+        self._spend("train", device, macs, travelled)
         self.losses.append((update.weight, update.metrics.get("train-loss", 0.0)))
+
+    def count_beside(self, phase: str, device: Device, macs: int, travelled: int) -> None:
+        """Add what a device did beside training: a query answered, a test of its own."""
+        self.bytes_beside += travelled
+        self.macs_beside += macs
+        self._spend(phase, device, macs, travelled)
+
+    def _spend(self, phase: str, device: Device, macs: int, travelled: int) -> None:
+        """Phases follow each other; within one, devices work side by side."""
+        self.seconds[phase] = max(self.seconds.get(phase, 0.0), modelled_seconds(device, macs, travelled))
+        self.joules += modelled_joules(device, macs, travelled)
 
     def line(self) -> dict[str, Any]:
         """The line of metrics.jsonl; keys without a value this round are left out."""
@@ -57,7 +67,7 @@ class RoundRecord:
             "bytes-evaluation": self.bytes_beside,
             "macs": int(self.macs),
             "macs-evaluation": self.macs_beside,
-            "modelled-seconds": self.seconds,
+            "modelled-seconds": sum(self.seconds.values()),
             "joules": self.joules,
             "refused": self.refused,
             "failed": self.failed,

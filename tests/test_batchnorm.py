@@ -48,7 +48,8 @@ def images(num: int = 24, seed: int = 0) -> Tensor:
 
 
 def assert_sums_equal(a: BatchNormSums, b: BatchNormSums, rtol: float = 1e-12) -> None:
-    assert a.definition == b.definition and a.counts == b.counts
+    assert a.definition == b.definition
+    assert a.counts == b.counts
     for name in a.counts:
         np.testing.assert_allclose(a.first[name], b.first[name], rtol=rtol)
         np.testing.assert_allclose(a.second[name], b.second[name], rtol=rtol)
@@ -172,7 +173,8 @@ def test_eval_mode_uses_the_statistics(
     expected = (inputs - mean) / (variance + model.eps).sqrt()
     torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(inputs[:1]), expected[:1], rtol=1e-4, atol=1e-5)  # not the batch's own
-    assert model.running_mean is not None and model.running_mean.dtype == torch.float32
+    assert model.running_mean is not None
+    assert model.running_mean.dtype == torch.float32
 
 
 def test_statistics_are_saved_with_the_network() -> None:
@@ -197,7 +199,9 @@ def test_layers_that_did_not_run_keep_what_they_had() -> None:
 def test_networks_without_batch_norm_are_left_alone() -> None:
     model = nn.Linear(2, 2)
     sums = collect_sums(model, [torch.zeros(1, 2)])
-    assert sums.counts == {} and pack_sums(sums) == {} and statistics(sums) == {}
+    assert sums.counts == {}
+    assert pack_sums(sums) == {}
+    assert statistics(sums) == {}
     static_batch_norm(model, [torch.zeros(1, 2)])
     assert unpack_sums({}, norm_widths(model), "batches").counts == {}
 

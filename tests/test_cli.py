@@ -20,6 +20,7 @@ PROJECT = """
 [tool.flwr.app.config]
 strategy = "flexfl"
 dataset = "digits"
+fleet = "skewed"
 seed = 1
 runs-dir = "RUNS"
 [tool.flwr.app.config.flexfl]
@@ -34,6 +35,10 @@ def run_in_process(values, supernodes):
         int("no number")
     if values.get("seed") == 15:
         raise KeyboardInterrupt
+    if values.get("seed") == 17:
+        raise RuntimeError("nobody answered")
+    if values.get("seed") == 18:
+        (_ for _ in ()).throw(RuntimeError("a bug"))
     folder = Path(values["runs-dir"])
     folder.mkdir()
     (folder / "said.txt").write_text(repr((dict(values), supernodes)))
@@ -89,6 +94,12 @@ def test_an_error_of_ours_is_one_line(project, tmp_path):
     assert result.output == "error: unknown configuration key 'kd-weight'; did you mean flexfl.kd-weight?\n"
 
 
+def test_a_runtime_error_of_ours_is_one_line_too(project, tmp_path):
+    result = in_process(tmp_path, "seed=17")
+    assert (result.exit_code, result.output) == (1, "error: nobody answered\n")
+    assert str(in_process(tmp_path, "seed=18").exception) == "a bug"
+
+
 def test_a_bug_keeps_its_traceback(project, tmp_path):
     result = in_process(tmp_path, "seed=14")
     assert isinstance(result.exception, ValueError)
@@ -108,9 +119,29 @@ def test_cpus_are_for_the_simulation(project, tmp_path):
 def test_run_hands_over_to_flower(project, monkeypatch):
     seen = []
     monkeypatch.setattr(launch, "run_simulation", lambda *args: seen.append(args) or 1)
-    result = flexfed("run", "-c", "seed=2", "-c", "x.toml", "--cpus", "2")
+    file = project / "x.toml"
+    file.write_text("seed = 3\n")
+    result = flexfed("run", "-c", "seed=2", "-c", str(file), "--cpus", "2")
     assert result.exit_code == 1
-    assert seen == [(project, ["seed=2", "x.toml"], 20, 2)]
+    file.write_text("# supernodes = 100\nseed = 3\n")
+    flexfed("run", "-c", str(file))
+    flexfed("run", "-c", str(file), "--supernodes", "5")
+    assert seen == [
+        (project, ["seed=2", str(file)], 20, 2),
+        (project, [str(file)], 100, None),
+        (project, [str(file)], 5, None),
+    ]
+
+
+@pytest.mark.parametrize("pair", ["strategy='nope'", "fleet='nope'"])
+def test_an_impossible_configuration_is_the_same_line_in_both_modes(project, monkeypatch, pair):
+    monkeypatch.setattr(launch, "run_simulation", lambda *args: pytest.fail("Flower started"))
+    one, other = flexfed("run", "-c", pair), flexfed("run", "--in-process", "-c", pair)
+    assert one.exit_code == other.exit_code == 1
+    assert one.output == other.output
+    assert one.output.startswith("error: ")
+    assert "'nope'" in one.output
+    assert one.output.count("\n") == 1
 
 
 def test_flower_missing_is_one_line(project, monkeypatch):
@@ -163,6 +194,11 @@ def test_compare_runs(tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_compare_makes_the_folder_of_its_output_first(tmp_path):
+    assert flexfed("compare", str(tmp_path / "none"), "--out", str(tmp_path / "a" / "b" / "out.md")).exit_code == 1
+    assert (tmp_path / "a" / "b").is_dir()
+
+
 def test_compare_refuses_what_it_cannot_read(tmp_path):
     result = flexfed("compare", str(tmp_path))
     assert result.exit_code == 1
@@ -178,7 +214,7 @@ if "flexfl.kd-weight" in config: sys.exit("it broke")
 folder = pathlib.Path(config["runs-dir"]) / "20260101-000000-x-1"
 folder.mkdir()
 (folder / "config.toml").write_text("seed = 1")
-part = {"accuracy": 0.5}
+part = {"accuracy": 0.5, "accuracy-levels": 0.5}
 (folder / "summary.json").write_text(json.dumps({"seed": 1, "final": part, "last10": part, "best": part}))
 """
 

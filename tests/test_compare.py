@@ -72,6 +72,13 @@ def test_find_comparable_takes_the_newest_finished_one(tmp_path):
     assert find_comparable(mine, "heterofl") is None
 
 
+@pytest.mark.parametrize(("file", "text"), [("summary.json", "{"), ("summary.json", "{}"), ("config.toml", "x")])
+def test_a_damaged_neighbour_is_passed_over(tmp_path, file, text):
+    wanted = written(tmp_path, "exclusive", 1)
+    (written(tmp_path, "exclusive", 2) / file).write_text(text)
+    assert find_comparable(load_run(written(tmp_path, "flexfl", 3))).path == wanted
+
+
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +114,14 @@ def test_tables_of_a_worked_example():
     # Differences +5, 0, -1 points: mean 4/3, deviation sqrt(31/3).
     assert cell(EXAMPLE, 1, "new", "accuracy") == "+1.3 ± 3.2 (+0-)"
     assert cell(EXAMPLE, 2, "new", "sent back") == "1 kB"
+
+
+def test_costs_hold_evaluation_and_energy():
+    costs = {"bytes-evaluation": 2_000_000, "macs-evaluation": 3_000_000, "joules": 1500}
+    found = Comparison("t", [Row("a", {1: run(**costs)})], None, ["accuracy"])
+    cells = [cell(found, 1, "a", name) for name in ("for evaluation", "for evaluation, as well", "modelled energy")]
+    assert cells == ["2 MB", "3 M", "1.50 kJ"]
+    assert max(map(len, to_text(found).splitlines())) <= 120
 
 
 def test_one_seed_has_no_deviation_and_absent_metrics_are_dashes():
@@ -154,6 +169,14 @@ def test_given_runs_make_rows_by_configuration():
 def test_rows_that_differ_in_more_than_the_method_carry_a_note():
     found = compare_runs([run(), run("exclusive", config={"dataset": "x"})])
     assert found.notes == ["Rows differ in more than the method: dataset."]
+
+
+def test_other_numbers_of_clients_are_other_rows_and_noted():
+    one, other = run(), run(seed=2)
+    other = replace(other, summary={**other.summary, "clients": 10})
+    found = compare_runs([one, other])
+    assert [item.name for item in found.rows] == ["flexfl clients=20", "flexfl clients=10"]
+    assert found.notes == ["Rows differ in more than the method: clients."]
 
 
 def test_knobs_of_other_methods_do_not_split_rows():

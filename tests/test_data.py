@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 from flexfed.data import (
     DataConfig,
+    check_partition,
+    client_labels,
     dataset_info,
     load_client,
     load_server,
@@ -194,11 +197,11 @@ def test_dirichlet_draws_more_often_than_flwr_datasets() -> None:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     labels = np.arange(1200) % 10
-    oracle = DirichletPartitioner(50, "label", 0.3, min_partition_size=10, self_balancing=True, seed=0)
+    oracle = DirichletPartitioner(50, "label", 0.3, min_partition_size=10, self_balancing=False, seed=3)
     oracle.dataset = Dataset.from_dict({"label": labels})
     with pytest.raises(ValueError, match="max number of attempts"):
         oracle.load_partition(0)
-    parts = partition_rows(DataConfig(seed=0), labels, None, 50)
+    parts = partition_rows(DataConfig(seed=3), labels, None, 50)
     assert min(map(len, parts)) >= 10
 
 
@@ -206,7 +209,7 @@ def test_balance_bounds_what_a_client_holds() -> None:
     """Nobody gets a further class with its share exceeded: at most the share and one class."""
     share, one_class = 600 / 10, 100
     for seed in range(5):
-        parts = partition_rows(DataConfig(seed=seed, alpha=0.3), LABELS, None, 10)
+        parts = partition_rows(DataConfig(seed=seed, alpha=0.3, partition_balance=True), LABELS, None, 10)
         assert max(map(len, parts)) <= share + one_class
 
 
@@ -244,11 +247,23 @@ def test_natural_partition_is_by_sorted_id(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == ""
 
 
+def test_natural_says_how_many_ids_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    config, ids = DataConfig(partition="natural", id_column="user"), ["a", "b", "c"] * 200
+    with caplog.at_level("INFO", logger="flwr"):
+        partition_rows(config, LABELS, ids, 3)
+        assert not caplog.records
+        partition_rows(config, LABELS, ids, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "partition 'natural': 2 of the 3 ids of id-column 'user' are left out (1 clients)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("config", "num_partitions", "message"),
     [
         (DataConfig(), 601, "between 1 and the 600 training samples, got 601"),
         (DataConfig(), 0, "between 1 and the 600 training samples, got 0"),
+        (DataConfig(min_partition_size=61), 10, "min-partition-size = 61 .* 600 samples .* 10 clients: .* too few"),
         (DataConfig(alpha=0.1), 60, "min-partition-size = 10 .* 60 clients"),
         (
             DataConfig(partition="pathological", classes_per_client=7),
@@ -261,6 +276,31 @@ def test_natural_partition_is_by_sorted_id(capfd: pytest.CaptureFixture[str]) ->
 def test_impossible_partitions_are_refused(config: DataConfig, num_partitions: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         partition_rows(config, LABELS, ["a", "b"] * 300, num_partitions)
+
+
+@pytest.mark.parametrize(("least", "num_partitions"), [(60, 20), (10, 100)])
+def test_a_hopeless_partition_is_refused_once_for_all_clients(
+    least: int, num_partitions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least sizes add up to no more than the 1,200 digits, so only drawing shows that there is no way."""
+    calls: list[int] = []
+
+    def counted(config: DataConfig, labels: np.ndarray, ids: Any, number: int) -> tuple[np.ndarray, ...]:
+        calls.append(number)
+        return partition_rows(config, labels, ids, number)
+
+    monkeypatch.setattr("flexfed.data.partition_rows", counted)
+    config = DataConfig(min_partition_size=least, seed=77)
+    message = f"min-partition-size = {least} found no way .* {num_partitions} clients: every draw left a client too"
+    started = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        check_partition(config, num_partitions)
+    assert time.process_time() - started < 2
+    for load in (load_client, client_labels):
+        for partition in (0, num_partitions - 1):
+            with pytest.raises(ValueError, match=message):
+                load(config, partition, num_partitions)
+    assert calls == [num_partitions]
 
 
 def test_a_vanishing_alpha_loses_no_sample() -> None:
@@ -297,8 +337,28 @@ def test_labels_are_those_of_the_client() -> None:
 
 @pytest.mark.parametrize("partition", [-1, 5])
 def test_partition_ids_beyond_the_range_are_refused(partition: int) -> None:
-    with pytest.raises(ValueError, match=rf"partition-id must be in 0\.\.4 .* got {partition}"):
-        load_client(DataConfig(), partition, 5)
+    for load in (load_client, client_labels):
+        with pytest.raises(ValueError, match=rf"partition-id must be in 0\.\.4 .* got {partition}"):
+            load(DataConfig(), partition, 5)
+
+
+def test_client_labels_are_the_loaded_clients_without_decoding(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write({"train": vectors(0, 100), "test": vectors(500, 520)})
+    own = write({"train": vectors(700, 721)})
+    for more in ({"dataset": folder, "min_partition_size": 2}, {"data_path": own}):
+        config = DataConfig(validation_fraction=0.3, **more)
+        clients = [load_client(config, i, 5) for i in range(5)]
+        with monkeypatch.context() as patch:
+            patch.setattr("flexfed.data.columns.Inputs.__call__", None)
+            check_partition(config, 5)
+            found = [client_labels(config, i, 5) for i in range(5)]
+        assert found == [(len(client.train.labels), client.labels) for client in clients]
+
+
+def test_an_own_folder_has_no_partition_to_check() -> None:
+    check_partition(DataConfig(data_path="nowhere"), 10**6)
+    with pytest.raises(ValueError, match="between 1 and the 1200 training samples, got 1000000"):
+        check_partition(DataConfig(), 10**6)
 
 
 # --- local folders --------------------------------------------------------------------------------------

@@ -107,6 +107,19 @@ def test_a_good_run(app, tmp_path, finished):
     assert_gone(bin_dir)
 
 
+def test_the_run_folder_is_the_last_line(app, tmp_path, finished):
+    noise = ["Manually terminating", "To change federation size", "simulation-config", "Successfully installed"]
+    after = "; ".join(f"echo 'INFO :      {text} x'" for text in noise)
+    log = f"echo 'run folder: {finished}'; {after}; printf '\\033[92mINFO \\033[0m:      \\n'"
+    assert launch(app, fake(tmp_path, log=log)) == (0, f"run folder: {finished}")
+
+
+def test_no_more_cpus_than_clients(app, tmp_path, finished):
+    bin_dir = fake(tmp_path, log=f"echo 'run folder: {finished}'")
+    assert run_simulation(app, [], supernodes=3, cpus=8, bin_dir=bin_dir, echo=lambda line: None) == 0
+    assert "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=3" in calls(bin_dir)[0]
+
+
 def test_flower_is_private_and_quiet(app, tmp_path, finished):
     bin_dir = fake(tmp_path, log=f"echo 'run folder: {finished}'")
     launch(app, bin_dir)

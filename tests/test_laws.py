@@ -18,6 +18,7 @@ from toy import (
     LAYOUTS,
     QUICK,
     Reply,
+    as_message,
     dense_mean,
     failure,
     final_model,
@@ -39,7 +40,7 @@ from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import load_server
 from flexfed.devices import Device
-from flexfed.flower.messages import code_fingerprint, job_content, num_bytes, read_update, to_array, update_content
+from flexfed.flower.messages import job_content, num_bytes, read_update, to_array, update_content
 from flexfed.jobs import Assignment, Update, shrink
 from flexfed.methods.flexfl import LEVELS
 from flexfed.models import model_factory
@@ -431,7 +432,7 @@ def test_law_7_messages_are_little_more_than_their_numbers(name: str) -> None:
         job = job_content(to_array(flat), Assignment(submodel, "a", {"ratio": rate}), 2**32 - 1, 1000, extra)
         update = update_content(Update(submodel, flat, 1234.0, {"train-loss": 0.5, "macs": 1e12}))
         for kind, content in {"train": job, "reply": update}.items():
-            message = Message(content, dst_node_id=1, message_type="train")
+            message = as_message(content)
             serialised = len(recorddict_to_proto(message.content).SerializeToString())
             assert 4 * len(flat) < num_bytes(message) <= limit, kind
             assert serialised <= limit, kind
@@ -463,7 +464,7 @@ def test_law_8_same_seed_same_metrics_other_seed_others(strategy: str, tmp_path:
     runs = []
     for seed, noise in ((1, 0), (1, 99), (2, 0)):
         torch.manual_seed(noise)  # nothing may come from the process's own generators
-        np.random.seed(noise)  # noqa: NPY002
+        np.random.seed(noise)
         runs.append(run_toy(tmp_path, strategy, {"num-server-rounds": 2, "fraction-train": 0.5, "seed": seed}))
     first, again, other = ((run / "metrics.jsonl").read_bytes() for run in runs)
     assert first == again
@@ -553,12 +554,7 @@ def test_law_11_nobody_tests_more_than_it_holds(strategy: str) -> None:
         device = Device(0, capacity=float(capacity))
         server.federation.devices = {0: device}
         name = server.level_for_evaluation(device)
-        if name is not None:
+        if name not in (None, "e"):  # the smallest level is for everybody
             assert (
                 num_parameters(layout, server.levels()[name]) / num_parameters(layout, full(layout)) <= capacity + 1e-9
             )
-
-
-def test_the_code_fingerprint_does_not_change_while_a_process_lives() -> None:
-    assert code_fingerprint() == code_fingerprint()
-    assert len(code_fingerprint()) == 12

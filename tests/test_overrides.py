@@ -2,7 +2,7 @@
 
 import pytest
 
-from flexfed.overrides import check_known, defaults, near_matches, parse_overrides, resolve_paths
+from flexfed.overrides import check_known, defaults, head_supernodes, near_matches, parse_overrides, resolve_paths
 
 KNOWN = {
     "strategy": "flexfl",
@@ -49,7 +49,7 @@ def test_the_pairs_agree_with_flower():
         ("strategy=flexfl", r"strings need quotes: -c \"strategy='flexfl'\""),
         ("seed = 2", 'without spaces around "="'),
         ("seed", "expected key=value pairs"),
-        ("seed=1 seed=2", "cannot read the configuration"),
+        ("seed=1 seed=2", "seed is given twice in the configuration"),
         ("sed=2", r"unknown configuration key 'sed'; did you mean seed\?"),
         ("kd_weight=2", r"did you mean flexfl\.kd-weight\?"),
         ("xyzzy=2", r"see \[tool\.flwr\.app\.config\]"),
@@ -106,3 +106,30 @@ def test_whole_and_fractional_numbers_are_one_kind():
 def test_defaults_are_flat(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.flwr.app.config]\nseed = 1\n[tool.flwr.app.config.flexfl]\nx = 2\n")
     assert defaults(tmp_path) == {"seed": 1, "flexfl.x": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("sed = 2", r"^x\.toml: unknown configuration key 'sed'; did you mean seed"),
+        ("seed = '2'", r"^x\.toml: seed must be a number"),
+        ("seed = [2]", r"^x\.toml: seed must be text, a number"),
+        ("seed = 1\nlearning-rate = 1\nseed = 2\nstrategy = 'x'\n", "; seed is given twice"),
+        ("learning-rate = 1\nseed = 1\nseed = 2\n", "; seed is given twice"),
+        ("learning-rate = 1\nseed = 1\nseed = 2", "; seed is given twice"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(text, match, tmp_path):
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        parse_overrides(["x.toml"], KNOWN, tmp_path)
+
+
+def test_the_head_of_a_file_says_how_many_devices(tmp_path):
+    (tmp_path / "a.toml").write_text("# An experiment.\n\n# supernodes = 100\nseed = 1\n")
+    (tmp_path / "b.toml").write_text("seed = 1\n# supernodes = 7\n")
+    (tmp_path / "c.toml").write_text("# supernodes = many\n")
+    assert head_supernodes(["a.toml", "seed=2", "b.toml"], tmp_path) == 100
+    assert head_supernodes(["b.toml", "seed=2"], tmp_path) is None
+    with pytest.raises(ValueError, match=r"c\.toml: supernodes must be a whole number >= 1, got 'many'"):
+        head_supernodes(["c.toml"], tmp_path)

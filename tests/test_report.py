@@ -96,7 +96,7 @@ def other(**facts):
 def test_final_table_against_weak_devices_left_out():
     table = final_table(summarise(ROUNDS, FACTS), ROUNDS, other())
     assert "left out" in table
-    whole = next(line for line in table.splitlines() if line.startswith("full-size"))
+    whole = next(line for line in table.splitlines() if line.startswith("largest"))
     assert whole.split()[-3:] == ["65.0", "%", "+5.0"]
     level = next(line for line in table.splitlines() if line.startswith("level S"))
     assert level.split()[-2:] == ["-", "-"]
@@ -112,6 +112,33 @@ def test_final_table_fits_and_ignores_the_terminal(monkeypatch):
     table = final_table(summarise(ROUNDS, FACTS), ROUNDS, other())
     assert max(map(len, table.splitlines())) <= 100
     assert "\x1b" not in table
+
+
+def lines_of(rounds, **facts):
+    return [" ".join(line.split()) for line in final_table(summarise(rounds, {**FACTS, **facts}), rounds).splitlines()]
+
+
+def test_final_table_says_which_model_and_how_large():
+    lines = lines_of(ROUNDS, parameters=57706)
+    assert "flexfl · digits · cnn · seed 1 · 3 rounds · 57,706 parameters" in lines
+    assert any(line.startswith("largest model reported 80.0 %") for line in lines)
+    assert any(line.startswith("mean over the levels 75.0 %") for line in lines)
+    assert any(
+        line.startswith("mean of S, M, L 75.0 %") for line in lines_of(ROUNDS, **{"headline-levels": list("SML")})
+    )
+
+
+def test_one_level_makes_one_row():
+    rounds = [{"round": 1, "accuracy": 0.5, "accuracy-S": 0.5, "accuracy-levels": 0.5}]
+    assert not [line for line in lines_of(rounds) if line.startswith(("level S", "mean over"))]
+    other_numbers = [{**rounds[0], "accuracy-S": 0.25}]
+    assert any(line.startswith("level S 25.0 %") for line in lines_of(other_numbers))
+
+
+def test_the_mean_says_over_how_many_rounds():
+    rounds = [{"round": k, "accuracy": 0.5} for k in range(1, 11)]
+    assert "accuracy final all best" in lines_of(rounds[:9])
+    assert "accuracy final last 10 best" in lines_of(rounds)
 
 
 def test_final_table_of_a_run_without_rounds():

@@ -223,3 +223,10 @@ def test_refused_and_failed_are_counted_and_no_round_is_a_summary_too():
 
 def test_facts_win():
     assert summarise([], {"rounds": 5})["rounds"] == 5
+
+
+def test_a_summary_without_its_parts_is_refused(tmp_path):
+    folder = make(tmp_path)
+    (folder.path / "summary.json").write_text('{"final": {}}')
+    with pytest.raises(ValueError, match="is no summary of a run: last10 missing"):
+        load_run(folder.path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -82,7 +83,9 @@ def test_kept_units_is_monotone_and_in_range() -> None:
     ratios = np.linspace(0.01, 1, 100)
     for size in (1, 2, 6, 100, 513):
         counts = [kept_units(float(r), size) for r in ratios]
-        assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] == size
+        assert counts == sorted(counts)
+        assert counts[0] >= 1
+        assert counts[-1] == size
         assert all(kept_units(float(r), size, "floor") <= c for r, c in zip(ratios, counts, strict=True))
 
 
@@ -112,8 +115,9 @@ def test_prefixes_are_nested() -> None:
     layout = chain(7, 12)
     submodels = [prefix_ratio(layout, r).units for r in (1, 0.5, 0.25, 0.125, 0.0625)]
     assert submodels[0].all()
-    for larger, smaller in zip(submodels, submodels[1:], strict=False):
-        assert (smaller <= larger).all() and smaller.sum() < larger.sum()
+    for larger, smaller in itertools.pairwise(submodels):
+        assert (smaller <= larger).all()
+        assert smaller.sum() < larger.sum()
 
 
 def test_prefix_is_the_leading_block_of_every_tensor() -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,9 @@ def test_a_suite_is_its_rows_times_its_seeds(suite, tmp_path):
         ('name = "flexfl, no KD"', 'name = "exclusive"', "two rows are called 'exclusive'"),
         ('name = "flexfl, no KD"', "", r"every \[\[row\]\] needs a name"),
         ("num-server-rounds = 3", "seed = 3", "the seed comes from `seeds`"),
+        ("supernodes = 4", "supernodes = 0", "supernodes must be a whole number >= 1, got 0"),
+        ("supernodes = 4", "supernodes = 2.5", r"supernodes must be a whole number >= 1, got 2\.5"),
+        ("supernodes = 4", "supernodes = true", "supernodes must be a whole number >= 1, got True"),
         (SUITE, "", r"has no \[\[row\]\]"),
     ],
 )
@@ -138,6 +142,25 @@ def test_comparison_of_what_is_there(suite):
     assert found.notes == ["Seeds 1, 2; 4 devices.", "Runs still missing: 1."]
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_marker_or_run_counts_as_none(suite, text):
+    runs = suite_runs(suite, KNOWN)
+    (pretend_finished(runs[0]) / "summary.json").write_text(text)
+    pretend_finished(runs[1])
+    (runs[1].folder / MARKER).write_text(text)
+    assert [finished_folder(run) for run in runs[:2]] == [None, None]
+    assert suite_comparison(suite, runs).notes[-1] == "Runs still missing: 4."
+
+
+def test_a_metric_that_no_run_has_is_an_error(suite):
+    wrong = replace(suite, metrics=("accuracy", "acuracy"))
+    runs = suite_runs(wrong, KNOWN)
+    assert suite_comparison(wrong, runs).rows  # nothing has run: nothing is known
+    pretend_finished(runs[0])
+    with pytest.raises(ValueError, match="no finished run has the metric 'acuracy'; known: accuracy"):
+        suite_comparison(wrong, runs)
+
+
 # --- running ------------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -149,7 +172,7 @@ if config["strategy"] == "flexfl" and config["seed"] == 1:
 folder = pathlib.Path(config["runs-dir"]) / "20260101-000000-x-1"
 folder.mkdir()
 (folder / "config.toml").write_text("seed = 1")
-(folder / "summary.json").write_text("{}")
+(folder / "summary.json").write_text('{"final": {}, "last10": {}}')
 """
 
 
@@ -186,11 +209,11 @@ def test_ctrl_c_ends_the_children(suite, tmp_path, monkeypatch):
     def interrupt(run, error):
         raise KeyboardInterrupt
 
-    start = time.monotonic()
+    start, threads = time.monotonic(), threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         run_missing(suite_runs(suite, KNOWN), 4, tmp_path, interrupt)
     assert time.monotonic() - start < 10
-    assert threading.active_count() == 1
+    assert threading.active_count() == threads
     assert not any((run.folder / MARKER).exists() for run in suite_runs(suite, KNOWN) if run.seed == 2)
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from flwr.app import Array, Error, Message
+from flwr.app import Array, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.numpy import load_file
 from torch import Tensor, nn
@@ -263,8 +263,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def final_model(folder: Path) -> Arrays:
-    """The model that a run left."""
-    return dict(load_file(folder / "model.safetensors"))
+    """The trained tensors of the model that a run left, without batch norm's statistics."""
+    found = load_file(folder / "model.safetensors")
+    return {name: array for name, array in found.items() if not name.endswith((".running_mean", ".running_var"))}
 
 
 def initial_model(folder: Path, seed: int = 1) -> Arrays:
@@ -281,6 +282,12 @@ def with_difference(reply: Message, change: Callable[[np.ndarray], np.ndarray]) 
         dtype=str(values.dtype), shape=values.shape, stype=array.stype, data=values.tobytes()
     )
     return reply
+
+
+def as_message(content: RecordDict) -> Message:
+    """Records as a message; Flower wants to know its task first, which a grid tells it."""
+    InProcessGrid(client_app.app, 1)
+    return Message(content, dst_node_id=1, message_type="train")
 
 
 def failure(request: Message, reason: str = "out of memory") -> Message:

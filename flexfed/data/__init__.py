@@ -25,6 +25,8 @@ __all__ = [
     "DataConfig",
     "DatasetInfo",
     "ServerData",
+    "check_partition",
+    "client_labels",
     "dataset_info",
     "load_client",
     "load_server",
@@ -112,18 +114,30 @@ def load_client(config: DataConfig, partition: int, num_partitions: int) -> Clie
     Raises:
         ValueError: no such partition, or the data or the partition cannot be made.
     """
-    if not 0 <= partition < num_partitions:
-        raise ValueError(f"partition-id must be in 0..{num_partitions - 1} (num-partitions), got {partition}")
-    data = _source(config)
-    rows = _client_rows(config) if config.data_path else _partitions(config, num_partitions)[partition]
-    rows = np.random.default_rng([config.seed, partition]).permutation(rows)
-    validation, train = np.split(rows, [int(config.validation_fraction * len(rows))])
-    return ClientData(
-        _samples(data.train, train),
-        _samples(data.train, validation),
-        tuple(np.unique(data.train.labels[rows]).tolist()),
-        dataset_info(config),
-    )
+    train, validation = _split_rows(config, partition, num_partitions)
+    split = _source(config).train
+    labels = _labels(split, train, validation)
+    return ClientData(_samples(split, train), _samples(split, validation), labels, dataset_info(config))
+
+
+def client_labels(config: DataConfig, partition: int, num_partitions: int) -> tuple[int, tuple[int, ...]]:
+    """Number of training samples of one client and its `ClientData.labels`, without decoding its inputs.
+
+    Raises:
+        ValueError: as `load_client`, except for inputs that cannot be decoded.
+    """
+    train, validation = _split_rows(config, partition, num_partitions)
+    return len(train), _labels(_source(config).train, train, validation)
+
+
+def check_partition(config: DataConfig, num_partitions: int) -> None:
+    """Make the partition, without decoding its inputs; a client's own folder is not partitioned.
+
+    Raises:
+        ValueError: the data cannot be found or read, or cannot be divided so among the clients.
+    """
+    if not config.data_path:
+        _partitions(config, num_partitions)
 
 
 def normalisation(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -174,15 +188,41 @@ def _client_rows(config: DataConfig) -> np.ndarray:
     return np.arange(len(data.train.labels)) if config.data_path else server_rows(data, config.proxy_fraction)[2]
 
 
-@lru_cache(maxsize=16)
+def _split_rows(config: DataConfig, partition: int, num_partitions: int) -> tuple[np.ndarray, np.ndarray]:
+    """One client's rows to train on and to validate with."""
+    if not 0 <= partition < num_partitions:
+        raise ValueError(f"partition-id must be in 0..{num_partitions - 1} (num-partitions), got {partition}")
+    rows = _client_rows(config) if config.data_path else _partitions(config, num_partitions)[partition]
+    rows = np.random.default_rng([config.seed, partition]).permutation(rows)
+    validation, train = np.split(rows, [int(config.validation_fraction * len(rows))])
+    return train, validation
+
+
 def _partitions(config: DataConfig, num_partitions: int) -> tuple[np.ndarray, ...]:
     """Training rows of each client."""
-    rows, data = _client_rows(config), _source(config)
+    made = _partitions_or_error(config, num_partitions)
+    if isinstance(made, str):
+        raise ValueError(made)
+    return made
+
+
+@lru_cache(maxsize=16)
+def _partitions_or_error(config: DataConfig, num_partitions: int) -> tuple[np.ndarray, ...] | str:
+    """The partition, or why there is none: a cache keeps no exceptions, and every client would draw again."""
+    rows, split = _client_rows(config), _source(config).train  # outside the try: the hub may answer next time
     ids = None
-    if config.partition == "natural":
-        column = data.train.ids(config.id_column)
-        ids = [column[row] for row in rows]
-    return tuple(rows[part] for part in partition_rows(config, data.train.labels[rows], ids, num_partitions))
+    try:
+        if config.partition == "natural":
+            column = split.ids(config.id_column)
+            ids = [column[row] for row in rows]
+        parts = partition_rows(config, split.labels[rows], ids, num_partitions)
+    except ValueError as error:
+        return str(error)
+    return tuple(rows[part] for part in parts)
+
+
+def _labels(split: Split, *rows: np.ndarray) -> tuple[int, ...]:
+    return tuple(np.unique(split.labels[np.concatenate(rows)]).tolist())
 
 
 def _samples(split: Split, rows: np.ndarray) -> Samples:

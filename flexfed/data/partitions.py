@@ -16,8 +16,9 @@ from flexfed.data.config import DataConfig
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-# flwr-datasets gives up after 11 draws that leave a client too small; FlexFL's code draws for ever.
-_DIRICHLET_TRIES = 100
+# flwr-datasets gives up after 11 draws that leave a client too small; FlexFL's code draws for ever. This many
+# times 11 draws take about a second for 100 clients of the digits, after which a hopeless request is refused.
+_DIRICHLET_TRIES = 60
 
 
 def partition_rows(
@@ -41,23 +42,36 @@ def partition_rows(
         "natural" the ids beyond `num_partitions`.
 
     Raises:
-        ValueError: more clients than rows or ids, or no partition that fulfils the settings was found.
+        ValueError: more clients than rows or ids, fewer rows than the clients' least sizes add up to, or no
+            partition that fulfils the settings was found.
     """
     if not 1 <= num_partitions <= len(labels):
         raise ValueError(
             f"num-partitions must be between 1 and the {len(labels)} training samples, got {num_partitions}"
         )
+    if config.partition == "dirichlet" and num_partitions * config.min_partition_size > len(labels):
+        raise ValueError(_no_partition(config, len(labels), num_partitions, "there are too few samples"))
     order = np.random.default_rng(config.seed).permutation(len(labels))
     if config.partition == "iid":
         return tuple(np.array_split(order, num_partitions))
     partitioner = _partitioner(config, num_partitions)
     partitioner.dataset = _table(order, labels, ids)
-    if config.partition == "natural" and num_partitions > partitioner.num_partitions:
-        raise ValueError(
-            f"partition 'natural': id-column {config.id_column!r} has {partitioner.num_partitions} ids, "
-            f"fewer than the {num_partitions} clients"
-        )
+    if config.partition == "natural":
+        _check_ids(config.id_column, partitioner.num_partitions, num_partitions)
     return _draw(config, partitioner, labels, num_partitions)
+
+
+def _check_ids(column: str, num_ids: int, num_partitions: int) -> None:
+    """Refuse fewer ids than clients, and say how many ids are left over."""
+    if num_partitions > num_ids:
+        raise ValueError(
+            f"partition 'natural': id-column {column!r} has {num_ids} ids, fewer than the {num_partitions} clients"
+        )
+    if num_partitions < num_ids:
+        logging.getLogger("flwr").warning(
+            "partition 'natural': %d of the %d ids of id-column %r are left out (%d clients)",
+            *(num_ids - num_partitions, num_ids, column, num_partitions),
+        )
 
 
 def _partitioner(config: DataConfig, num_partitions: int) -> Partitioner:

@@ -66,9 +66,15 @@ class Federation:
     def _learn(self, reply: Message, reasons: list[str]) -> int:
         if reply.has_error():
             reasons.append(cause_of(reply.error))
-            log.warning("a client did not tell its profile: %s", reasons[-1])
+            if reasons.count(reasons[-1]) == 1:  # once, not once for each client
+                log.warning("a client did not tell its profile: %s", reasons[-1])
             return 1
-        device, expected = read_profile(reply.content)
+        try:
+            device, expected = read_profile(reply.content)
+        except (KeyError, TypeError, ValueError) as cause:
+            reasons.append(f"its profile is not one: {cause!r}")
+            log.warning("a client is left out: %s", reasons[-1])
+            return 1
         if device.partition in self.devices:
             raise RuntimeError(f"two nodes say they are partition {device.partition}; give each its own partition-id")
         node = self._node_of(reply)

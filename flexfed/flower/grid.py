@@ -168,24 +168,18 @@ class StreamingGrid(Grid):
                 yield from self._hand_out(waiting, ready)
             if waiting and not self._pull(waiting, ready):
                 if time.monotonic() > end:
-                    yield from self._give_up(waiting, ready)
+                    yield from self._give_up(waiting, ready, todo)
                     return
                 time.sleep(self._poll_s)
             yield from self._hand_out(waiting, ready)
 
     def _push(self, message: Message, waiting: OrderedDict[str, Message]) -> Iterator[Message]:
-        node = message.metadata.dst_node_id
-        late = Message(Error(code=0, reason="no reply before round-timeout"), reply_to=message)
         ids = list(self._grid.push_messages([message]))
         if ids and ids[0]:
-            self._origins[ids[0]] = node
-            late.metadata.__dict__["_reply_to_message_id"] = ids[0]
-            waiting[ids[0]] = late
+            waiting[ids[0]] = self._error(message, ids[0], "no reply before round-timeout")
         else:
-            lost = Message(Error(code=5, reason="the message could not be delivered: no such node"), reply_to=message)
-            lost.metadata.__dict__["_reply_to_message_id"] = f"undelivered-{node}"
-            self._origins[f"undelivered-{node}"] = node
-            yield lost
+            lost = f"undelivered-{message.metadata.dst_node_id}"
+            yield self._error(message, lost, "the message could not be delivered: no such node", code=5)
 
     def _pull(self, waiting: Mapping[str, Message], ready: dict[str, Message]) -> bool:
         ids = [i for i in waiting if i not in ready]
@@ -204,6 +198,18 @@ class StreamingGrid(Grid):
             del waiting[first]
             yield ready.pop(first)
 
-    def _give_up(self, waiting: OrderedDict[str, Message], ready: dict[str, Message]) -> Iterator[Message]:
+    def _give_up(
+        self, waiting: OrderedDict[str, Message], ready: dict[str, Message], unsent: Iterator[Message]
+    ) -> Iterator[Message]:
+        """What is there, and an error for each message that has no reply or was never sent."""
         for message_id, late in waiting.items():
             yield ready.get(message_id, late)
+        for message in unsent:
+            yield self._error(message, f"unsent-{message.metadata.dst_node_id}", "not sent before round-timeout")
+
+    def _error(self, message: Message, message_id: str, reason: str, code: int = 0) -> Message:
+        """An error reply of our own to a message."""
+        self._origins[message_id] = message.metadata.dst_node_id
+        reply = Message(Error(code=code, reason=reason), reply_to=message)
+        reply.metadata.__dict__["_reply_to_message_id"] = message_id
+        return reply

@@ -16,12 +16,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flexfed.batchnorm import Statistics
 from flexfed.devices import Device, from_record, to_record
 from flexfed.jobs import Assignment, Job, Update
-from flexfed.submodel import Submodel, pack, unflatten, unpack
+from flexfed.submodel import pack, unflatten, unpack
 from flexfed.units import Arrays, Layout
 
 _RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
 _DTYPES = ("float32", "float64")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt|Exit)\b", re.MULTILINE)
 _WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(?:'|\")?(.*?)(?:'|\")?>")
 
 
@@ -139,6 +140,8 @@ def read_update(content: RecordDict, layout: Layout) -> Update:
     weight = metrics.pop("weight", math.nan)
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in [weight, *metrics.values()]):
         raise ValueError(f"weight and metrics of a reply must be finite numbers, got weight {weight} and {metrics}")
+    if weight <= 0:  # type: ignore[operator]
+        raise ValueError(f"weight of a reply must be > 0, got {weight}")
     if not all(isinstance(value, bytes) for value in packed.values()):
         raise ValueError("the submodel of a reply must be bytes")
     submodel = unpack(layout, cast(Any, packed))
@@ -177,19 +180,15 @@ def cause_of(error: Error) -> str:
     Flower's runtimes word it differently (a coloured traceback under Ray, `<class 'ValueError'>:<'...'>` from a
     SuperNode), and the record of a run should not depend on which one it was.
     """
-    lines = [line.strip() for line in _COLOUR.sub("", error.reason or "").splitlines() if line.strip()]
-    if not lines:
-        return f"error code {error.code}"
-    wrapped = _WRAPPED.fullmatch(" ".join(lines))
-    return f"{wrapped[1]}: {wrapped[2]}" if wrapped else lines[-1]
+    text = _COLOUR.sub("", error.reason or "").strip() or f"error code {error.code}"
+    if "Traceback (most recent call last)" in text:
+        text = text[max((m.start() for m in _RAISED.finditer(text)), default=0) :]
+    text = " ".join(text.split())
+    wrapped = _WRAPPED.fullmatch(text)
+    return f"{wrapped[1]}: {wrapped[2]}" if wrapped else text
 
 
 def num_bytes(message: Message) -> int:
     """Bytes of a message's content: arrays, keys and values."""
     content = message.content
     return sum(record.count_bytes() for record in content.values())
-
-
-def sent_submodel(layout: Layout, message: Message) -> Submodel:
-    """The submodel that a message names."""
-    return unpack(layout, cast(Any, message.content.config_records["submodel"]))

@@ -26,7 +26,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Literal, cast, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -35,9 +35,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from flexfed.jobs import Job, Task, Update, make_update, shrink, train_network
-from flexfed.submodel import Submodel, as_slice, narrow_shapes, relative_positions, resize
+from flexfed.networks import build_on_meta
+from flexfed.select import RatioGroup
+from flexfed.submodel import Submodel, as_slice, narrow_shapes, relative_positions, resize, unpack
 from flexfed.training import use_batch_statistics
-from flexfed.units import build_on_meta
 
 if TYPE_CHECKING:
     from flexfed.data import ClientData
@@ -84,7 +85,8 @@ class FlexFLConfig:
         self._require("kd_weight", self.kd_weight >= 0 or self.kd_weight == -1, ">= 0, or -1 for its default")
         self._require("drop_below", 0 <= self.drop_below <= 100, "a percentage, 0 to 100")
         self._require("pretrain_epochs", self.pretrain_epochs >= 0, ">= 0")
-        for name in ("kd_temperature", "pretrain_learning_rate", "pretrain_batch_size"):
+        self._require("pretrain_batch_size", self.pretrain_batch_size >= 2, "at least 2")
+        for name in ("kd_temperature", "pretrain_learning_rate"):
             self._require(name, getattr(self, name) > 0, "> 0")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
@@ -96,6 +98,22 @@ class FlexFLConfig:
         """Nominal size of each level, as a share of the full network."""
         small, medium = self.targets
         return small, round(medium - self.shortage, 12), medium, round(1 - self.shortage, 12), 1.0
+
+
+def given_scores(scores: Sequence[float], groups: Sequence[RatioGroup]) -> tuple[float, ...]:
+    """APoZ of each group as the user gave them; one number stands for all of them, none for none.
+
+    Raises:
+        ValueError: neither one nor one for each group; lists the groups.
+    """
+    if len(scores) == 1:
+        return tuple(scores) * len(groups)
+    if scores and len(scores) != len(groups):
+        names = ", ".join(group.name for group in groups)
+        raise ValueError(
+            f"flexfl.scores needs one number, or one for each of {len(groups)} groups ({names}), got {len(scores)}"
+        )
+    return tuple(scores)
 
 
 def keep_scores(apoz: Sequence[float] | np.ndarray, num_parameters: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -233,7 +251,7 @@ def distillation_loss(student: Tensor, labels: Tensor, teachers: Sequence[Tensor
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Shrink the part to the capacity free now, then train it with cross-entropy and self-distillation."""
     config: FlexFLConfig = task.method
-    levels = [Submodel(bits) for bits in _unpacked(job.config["levels"], task.layout.num_units)]
+    levels = [unpack(task.layout, {"units": bits}) for bits in cast(list[bytes], job.config["levels"])]
     free = 100 * job.device.capacity_now(np.random.default_rng([job.seed, 1]))
     level = trained_level(len(levels) - 1, free, config)
     if level is None:
@@ -278,9 +296,3 @@ def _slice(tensor: Tensor, kept: Sequence[np.ndarray | None]) -> Tensor:
         elif index is not None:
             tensor = tensor.index_select(axis, torch.from_numpy(index))
     return tensor
-
-
-def _unpacked(levels: object, num_units: int) -> list[np.ndarray]:
-    if not isinstance(levels, list):
-        raise ValueError(f"a FlexFL job should bring the bits of its levels, got {type(levels).__name__}")
-    return [np.unpackbits(np.frombuffer(bits, dtype=np.uint8))[:num_units].astype(bool) for bits in levels]

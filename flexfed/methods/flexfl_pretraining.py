@@ -6,7 +6,7 @@ only and then thrown away. 80 % of the proxy split trains, 20 % measures.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from flexfed.training import Samples, Training, batches, fit, use_batch_statisti
 if TYPE_CHECKING:
     from flexfed.data import ServerData
 
+log = logging.getLogger("flwr")
 _TRAIN_SHARE = 0.8
 _MEASURE_BATCH = 128
 
@@ -37,29 +38,23 @@ def measure_scores(task: Task, server: ServerData, seed: int) -> tuple[float, ..
     """
     method = task.method
     samples = server.test if method.proxy_source == "test" else server.proxy
+    groups = ratio_groups(task.layout, task.factory())
+    units = relu_units(task.factory, task.layout, task.input_shape)  # before training: networks without ReLU end here
+    if not any((u >= 0).any() for u in units):
+        raise ValueError("no ReLU of this network measures any group's APoZ; pass flexfl.scores (one number will do)")
     rng = np.random.default_rng([seed, 0])
     train, held_out = split(samples, rng)
     torch.manual_seed(seed)
     model = use_batch_statistics(task.factory())
-    settings = Training(
-        optimizer="adam",
-        weight_decay=0.0,
-        batch_size=method.pretrain_batch_size,
-        local_epochs=1,
-        drop_last=False,
-    )
     if method.pretrain_epochs:
-        fit(
-            model,
-            train,
-            replace(settings, local_epochs=method.pretrain_epochs),
-            method.pretrain_learning_rate,
-            rng,
-        )
-    statistics = apoz(model, [batch.inputs for batch in batches(held_out, _MEASURE_BATCH)])
-    groups = ratio_groups(task.layout, model)
-    units = relu_units(task.factory, task.layout, task.input_shape)
-    return tuple(float(a) for a in group_scores(statistics, units, task.layout, groups))
+        log.info("pre-training for %s epochs on %s samples", method.pretrain_epochs, len(train.labels))
+        settings = Training(
+            optimizer="adam", weight_decay=0.0, drop_last=False,
+            batch_size=method.pretrain_batch_size, local_epochs=method.pretrain_epochs,
+        )  # fmt: skip
+        fit(model, train, settings, method.pretrain_learning_rate, rng)
+    measured = apoz(model, [batch.inputs for batch in batches(held_out, _MEASURE_BATCH)])
+    return tuple(float(a) for a in group_scores(measured, units, task.layout, groups))
 
 
 def split(samples: Samples, rng: np.random.Generator) -> tuple[Samples, Samples]:

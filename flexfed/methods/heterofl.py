@@ -11,6 +11,8 @@ Differences from the released code:
   are fewer clients than parts ("a2-b8" with 5 clients).
 - 1e-9 is taken off before a width is rounded up (`flexfed.select.kept_units`).
 - Static batch norm is asked of the clients as sums (`flexfed.batchnorm`), with the scaler off.
+- A client's own test keeps all logits; there absent classes are masked in it as in training.
+- Devices train at their nominal capacity, however little is free now; FlexFL's shrink.
 - The scaler is hooks on any network (`flexfed.scaler`), not a layer written into each model.
 """
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from flexfed.models.registry import build_model, check_request, find_builder
-from flexfed.units import build_on_meta
+from flexfed.networks import build_on_meta
 
 # What building or running a network that does not fit is seen to raise.
 _FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, IndexError, ArithmeticError)

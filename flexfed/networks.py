@@ -1,0 +1,95 @@
+"""Networks before they are cut: built without memory, what of them travels, and which cannot be cut at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Factory = Callable[[], nn.Module]
+"""Builds the full network; must work on the `meta` device."""
+
+WAY_OUT = "; replace that module, or give the network a hand-written Layout as its attribute `layout`"
+
+
+_MIXING = (
+    nn.ChannelShuffle,
+    nn.GLU,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+    nn.MultiheadAttention,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.RNNBase,
+    nn.Softmax2d,
+)
+"""Layers that mix the channels they see, or order them: a part of them is not a part of their result."""
+
+
+def build_on_meta(factory: Factory) -> nn.Module:
+    """The network without memory; one that reads values while it is built is built for real and then emptied."""
+    try:
+        with torch.device("meta"):
+            return factory()
+    except NotImplementedError:
+        return factory().to("meta")
+
+
+def travelling(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of a network that are trained and sent: all but batch norm's statistics."""
+    local = {
+        f"{name}.{buffer}" if name else buffer
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in ("running_mean", "running_var")
+    }
+    return {n: t for n, t in model.state_dict().items() if n not in local and t.is_floating_point()}
+
+
+def refuse_uncuttable(model: nn.Module) -> None:
+    """Stop at layers whose part would not compute a part of the result, and at shared parameters.
+
+    Raises:
+        ValueError: names the module or the parameters, and the way out.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            raise ValueError(f"{name!r} and {names[id(parameter)]!r} are one shared parameter; untie them{WAY_OUT}")
+        names[id(parameter)] = name
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _MIXING):
+            raise ValueError(
+                f"module {name!r} ({kind}) cannot be cut: its result depends on which units are present "
+                f"(of norms use batch norm){WAY_OUT}"
+            )
+        if isinstance(module, _BatchNorm) and not module.affine:
+            raise ValueError(
+                f"module {name!r} ({kind}) cannot be cut: without affine parameters no tensor tells its width{WAY_OUT}"
+            )
+        groups = getattr(module, "groups", 1)
+        if isinstance(module, nn.modules.conv._ConvNd) and groups > 1 and not is_depthwise(module):
+            raise ValueError(f"module {name!r} ({kind} with groups={groups}) cannot be traced{WAY_OUT}")
+
+
+def refuse_lost_buffers(model: nn.Module) -> None:
+    """Stop at buffers that would not travel.
+
+    Raises:
+        ValueError: names the buffer, and the way out.
+    """
+    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    for name, _ in model.named_buffers():
+        if name.rpartition(".")[0] not in norms and name not in travelling(model):
+            raise ValueError(
+                f"buffer {name!r} would be lost on the way: not saved in the state dict, or no floats{WAY_OUT}"
+            )
+
+
+def is_depthwise(conv: nn.modules.conv._ConvNd) -> bool:
+    """One filter for each channel."""
+    return bool(conv.groups == conv.in_channels == conv.out_channels)

@@ -1,0 +1,304 @@
+"""What FlexFL's and HeteroFL's clients do with a job, and what the server makes of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from torch import nn
+from toy import DIGITS, QUICK, final_model, initial_model, lines, run_toy
+
+import server_app
+import strategies.flexfl
+from flexfed.config import Experiment
+from flexfed.data import ClientData, DataConfig, load_client, load_server
+from flexfed.devices import Device
+from flexfed.flower.messages import read_update
+from flexfed.jobs import Job, Task, Update
+from flexfed.methods import METHODS, fedavg, flexfl
+from flexfed.methods.flexfl import LEVELS, Teacher
+from flexfed.submodel import Submodel, extract, flatten, narrow, pack
+from flexfed.training import use_batch_statistics
+from strategies import STRATEGIES
+
+SCORES = "0.4, 0.5, 0.6, 0.7"
+
+
+class Bench:
+    """One FlexFL client before a job: the task, the pool, a model and its data."""
+
+    def __init__(self, **knobs: Any):
+        values = {**QUICK, "strategy": "flexfl", "flexfl.scores": SCORES, "seed": 3}
+        experiment = Experiment.read({**values, **{f"flexfl.{k.replace('_', '-')}": v for k, v in knobs.items()}})
+        self.task: Task = experiment.task(10, DIGITS)
+        server = STRATEGIES["flexfl"](experiment, self.task, load_server(experiment.data))
+        server.prepare()
+        self.pool: Mapping[str, Submodel] = server.levels()
+        self.arrays = server_app.initial_arrays(self.task, "", 3)
+        self.data: ClientData = load_client(DataConfig(partition="iid"), 0, 8)
+
+    def job(self, level: str, capacity: float = 2.0, spread: float = 0.0, seed: int = 5) -> Job:
+        """Train `level` on a device of this capacity."""
+        bits = [pack(self.pool[name])["units"] for name in LEVELS[: LEVELS.index(level) + 1]]
+        part = extract(self.task.layout, self.pool[level], self.arrays)
+        return Job(
+            self.pool[level], part, Device(0, capacity=capacity, capacity_spread=spread), {"levels": bits}, seed, 1
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Update:
+        return flexfl.local_update(self.job(*args, **kwargs), self.task, self.data)
+
+    def student(self, level: str) -> nn.Module:
+        return self.task.network(extract(self.task.layout, self.pool[level], self.arrays))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+# --- FlexFL: the teachers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("student", LEVELS[1:])
+def test_a_teacher_is_the_smaller_network_itself(bench: Bench, student: str) -> None:
+    inputs = bench.data.train.inputs[:20]
+    model = bench.student(student)
+    for level in LEVELS[: LEVELS.index(student)]:
+        teacher = Teacher(bench.task, bench.pool[student], bench.pool[level])
+        small = narrow(bench.task.factory, extract(bench.task.layout, bench.pool[level], bench.arrays))
+        with torch.no_grad():
+            expected = use_batch_statistics(small).eval()(inputs)
+        torch.testing.assert_close(teacher(model, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_teachers_follow_the_students_weights(bench: Bench) -> None:
+    inputs = bench.data.train.inputs[:20]
+    model = bench.student("L")
+    teacher = Teacher(bench.task, bench.pool["L"], bench.pool["S"])
+    before = teacher(model, inputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    after = teacher(model, inputs)
+    assert not torch.allclose(before, after)
+    current = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    small = narrow(bench.task.factory, extract(bench.task.layout, bench.pool["S"], current))
+    with torch.no_grad():
+        torch.testing.assert_close(after, use_batch_statistics(small).eval()(inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_reaches_the_student_through_its_teachers(bench: Bench) -> None:
+    batch = bench.data.train
+    model = bench.student("L")
+    teachers = [Teacher(bench.task, bench.pool["L"], bench.pool[level]) for level in LEVELS[:-1]]
+    opinions = [teacher(model, batch.inputs) for teacher in teachers]
+    assert not any(opinion.requires_grad for opinion in opinions)
+    constants = [torch.from_numpy(opinion.numpy().copy()) for opinion in opinions]
+    gradients = []
+    for told in (opinions, constants):
+        loss = flexfl.distillation_loss(model(batch.inputs), batch.labels, told, bench.task.method)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_teachers_leave_the_student_alone(bench: Bench) -> None:
+    model = bench.student("L").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    Teacher(bench.task, bench.pool["L"], bench.pool["M"])(model, bench.data.train.inputs[:4])
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("teachers", "number"), [("all", 4), ("main", 2)])
+def test_teachers_are_asked_once_a_batch_and_paid_for(
+    teachers: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[int] = Counter()
+    ask = Teacher.__call__
+
+    def count(self: Teacher, *args: Any) -> torch.Tensor:
+        asked[id(self)] += 1
+        return ask(self, *args)
+
+    monkeypatch.setattr(Teacher, "__call__", count)
+    bench = Bench(kd_teachers=teachers)
+    update = bench.train("L")
+    num, size = len(bench.data.train.labels), bench.task.training.batch_size
+    assert list(asked.values()) == [num // size] * number
+    taught = [bench.pool[level] for level in LEVELS[:-1] if teachers == "all" or level in ("S", "M")]
+    samples = num // size * size
+    macs = samples * (3 * bench.task.macs(bench.pool["L"]) + sum(bench.task.macs(level) for level in taught))
+    assert update.metrics["macs"] == macs
+
+
+# --- FlexFL: what is trained ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["S", "M", "L"])
+def test_without_distillation_it_is_plain_training(level: str) -> None:
+    bench = Bench(kd_weight=0)
+    job = bench.job(level)
+    ours = flexfl.local_update(job, bench.task, bench.data)
+    plain = fedavg.local_update(job, bench.task, bench.data)
+    assert ours.difference.tobytes() == plain.difference.tobytes()
+    assert ours.metrics == plain.metrics
+    assert ours.weight == plain.weight == len(bench.data.train.labels)
+
+
+def test_the_smallest_level_has_no_teacher(bench: Bench) -> None:
+    assert bench.train("S").difference.tobytes() == Bench(kd_weight=0).train("S").difference.tobytes()
+
+
+def test_distillation_changes_what_larger_levels_learn(bench: Bench) -> None:
+    assert bench.train("L").difference.tobytes() != Bench(kd_weight=0).train("L").difference.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("dispatched", "capacity", "trained"),
+    [
+        ("L", 1.0, "L"),
+        ("L", 0.99, "L-"),
+        ("L", 0.9, "L-"),
+        ("L", 0.89, "M"),
+        ("L", 0.5, "M"),
+        ("L", 0.45, "M-"),
+        ("L", 0.3, "S"),
+        ("L", 0.01, "S"),
+        ("M", 2.0, "M"),
+        ("M", 0.45, "M-"),
+        ("S", 2.0, "S"),
+        ("S", 0.01, "S"),
+    ],
+)
+def test_a_device_trains_the_smaller_of_sent_and_capable(
+    bench: Bench, dispatched: str, capacity: float, trained: str
+) -> None:
+    update = bench.train(dispatched, capacity)
+    assert update.submodel.key == bench.pool[trained].key
+    assert np.isfinite(update.difference).all()
+
+
+def test_a_shrunk_part_trains_as_if_it_had_been_sent(bench: Bench) -> None:
+    shrunk, sent = bench.train("L", 0.5), bench.train("M", 0.5)
+    assert shrunk.difference.tobytes() == sent.difference.tobytes()
+    assert shrunk.metrics == sent.metrics
+
+
+def test_capacity_is_drawn_from_the_jobs_seed(bench: Bench) -> None:
+    trained = {seed: bench.train("L", 1.0, 0.3, seed).submodel.key for seed in range(12)}
+    assert len(set(trained.values())) > 1
+    assert all(bench.train("L", 1.0, 0.3, seed).submodel.key == key for seed, key in trained.items())
+
+
+def test_a_device_below_its_limit_refuses() -> None:
+    bench = Bench(drop_below=30.0)
+    with pytest.raises(RuntimeError, match=r"25 % of the network free, flexfl.drop-below is 30"):
+        bench.train("S", 0.25)
+    assert bench.train("S", 0.3).submodel.key == bench.pool["S"].key
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_job_is_left_as_it_came(method: str) -> None:
+    bench = Bench()
+    experiment = Experiment.read({**QUICK, "strategy": method})
+    task = experiment.task(10, DIGITS)
+    job = replace(bench.job("L"), config={**bench.job("L").config, "ratio": 1.0})
+    for array in job.arrays.values():
+        array.flags.writeable = False
+    before = flatten(task.layout, job.submodel, job.arrays)
+    inputs = bench.data.train.inputs.clone()
+    METHODS[method].local_update(job, task, bench.data)
+    assert np.array_equal(flatten(task.layout, job.submodel, job.arrays), before)
+    assert torch.equal(bench.data.train.inputs, inputs)
+
+
+# --- FlexFL: a round --------------------------------------------------------------------------------------------
+
+UNCERTAIN = """
+[[class]]
+kind = "any"
+share = 1.0
+capacity = 1.0
+capacity-spread = [0.5, 0.8]
+"""
+
+
+def test_the_server_counts_what_was_trained_not_what_was_sent(tmp_path: Path) -> None:
+    pool = Bench().pool
+    names = {submodel.key: name for name, submodel in pool.items()}
+    layout = Bench().task.layout
+    trained: Counter[str] = Counter()
+
+    def listen(request: Message, reply: Message, _: int) -> Message:
+        if request.metadata.message_type == "train":
+            trained[names[read_update(reply.content, layout).submodel.key]] += 1
+        return reply
+
+    fleet = tmp_path / "uncertain.toml"
+    fleet.write_text(UNCERTAIN)
+    values = {"fleet": str(fleet), "flexfl.scores": SCORES, "num-server-rounds": 3}
+    run = run_toy(tmp_path, "flexfl", values, alter=listen)
+    counted = sum((Counter(line["trained"]) for line in lines(run)), Counter())
+    sent = sum((Counter(line["dispatched"]) for line in lines(run)), Counter())
+    assert counted == trained
+    assert counted != sent
+    assert set(sent) <= {"S", "M", "L"}
+
+
+def test_known_scores_skip_pre_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: Any) -> None:
+        raise AssertionError("pre-training was asked for")
+
+    monkeypatch.setattr(strategies.flexfl, "measure_scores", measure)
+    with pytest.raises(AssertionError, match="pre-training was asked for"):
+        run_toy(tmp_path, "flexfl")
+    assert lines(run_toy(tmp_path, "flexfl", {"flexfl.scores": SCORES}))[0]["trained"]
+
+
+def test_pre_training_leaves_the_first_model_alone(tmp_path: Path) -> None:
+    sent: dict[int, np.ndarray] = {}
+
+    def listen(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "train":
+            data = request.content.array_records["arrays"]["part"].data
+            sent[partition] = np.frombuffer(data, dtype=np.float32)
+        return reply
+
+    run = run_toy(tmp_path, "flexfl", {"fleet": "equal", "seed": 4}, alter=listen)
+    layout = Bench().task.layout
+    whole = Submodel(np.ones(layout.num_units, dtype=bool))
+    assert lines(run)[0]["dispatched"]["L"]
+    assert np.array_equal(max(sent.values(), key=len), flatten(layout, whole, initial_model(run, seed=4)))
+
+
+# --- HeteroFL: labels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["heterofl", "fedrolex"])
+def test_classifier_rows_of_labels_nobody_holds_stay_untouched(strategy: str, tmp_path: Path) -> None:
+    values = {"partition": "pathological", "classes-per-client": 2}
+    run = run_toy(tmp_path, strategy, values, clients=3)
+    data = [load_client(DataConfig(partition="pathological"), partition, 3) for partition in range(3)]
+    held = {label for client in data for label in client.train.labels.tolist()}
+    absent = sorted(set(range(10)) - held)
+    before, after = initial_model(run), final_model(run)
+    assert absent
+    for name in ("classifier.weight", "classifier.bias"):
+        assert after[name][absent].tobytes() == before[name][absent].tobytes()
+        assert all(not np.array_equal(after[name][label], before[name][label]) for label in held)
+    assert not np.array_equal(after["conv1.weight"], before["conv1.weight"])
+
+
+def test_without_the_limit_every_row_is_averaged(tmp_path: Path) -> None:
+    values = {"partition": "pathological", "heterofl.limit-rows": False, "heterofl.masked-loss": "off"}
+    run = run_toy(tmp_path, "heterofl", values, clients=3)
+    before, after = initial_model(run), final_model(run)
+    assert (before["classifier.bias"] != after["classifier.bias"]).all()

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexfed.devices import FLEETS, Device, DeviceClass, Fleet, declared, from_record, load_fleet, to_record
+
+NAMES = sorted(path.stem for path in FLEETS.glob("*.toml"))
+
+
+def fleet(*shares: float) -> Fleet:
+    return Fleet(tuple(DeviceClass(f"kind{i}", share, 1.0 + i) for i, share in enumerate(shares)))
+
+
+# --- devices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"capacity": 0.0}, "device 7: capacity must be > 0, got 0.0"),
+        ({"capacity": float("nan")}, "capacity must be > 0"),
+        ({"speed_macs_s": -1.0}, "speed-macs-s must be > 0, got -1.0"),
+        ({"link_bytes_s": 0.0}, "link-bytes-s must be > 0"),
+        ({"capacity_spread": -0.1}, "capacity-spread must be >= 0"),
+        ({"compute_watts": float("inf")}, "compute-watts must be >= 0"),
+        ({"num_examples": -1}, "num-examples must be >= 0, got -1"),
+    ],
+)
+def test_impossible_devices_are_refused(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        Device(7, **values)
+
+
+def test_capacity_falls_below_nominal_by_half_a_normal() -> None:
+    rng = np.random.default_rng(0)
+    device = Device(0, capacity=0.6, capacity_spread=0.1)
+    drawn = np.array([device.capacity_now(rng) for _ in range(4000)])
+    assert (drawn <= 0.6).all()
+    assert drawn.mean() == pytest.approx(0.6 - 0.1 * np.sqrt(2 / np.pi), abs=0.003)
+    assert replace(device, capacity_spread=0.0).capacity_now(rng) == 0.6
+
+
+def test_a_record_holds_all_of_a_device() -> None:
+    device = Device(3, "weak", 0.35, 0.05, 2e9, 1e5, 3.0, 0.5, 120, (0, 4, 9))
+    assert from_record(to_record(device)) == device
+    assert from_record(to_record(Device(0))) == Device(0)
+    assert "capacity-spread" in to_record(device)
+
+
+def test_records_that_are_no_device_are_refused() -> None:
+    record = to_record(Device(0))
+    missing = {key: value for key, value in record.items() if key != "capacity"}
+    for wrong in (missing, {**record, "colour": "red"}, {}):
+        with pytest.raises(ValueError, match=r"a device's profile should have capacity, capacity-spread, .*; got"):
+            from_record(wrong)
+    with pytest.raises(ValueError, match="capacity must be > 0"):
+        from_record({**record, "capacity": -1.0})
+
+
+def test_what_a_node_declares_wins_over_its_fleet() -> None:
+    device = Device(2, "weak", 0.35, num_examples=50, labels=(1,))
+    told = declared(device, {"capacity": 1, "kind": "jetson", "partition-id": 9, "num-examples": 7, "data-path": "x"})
+    assert told == replace(device, capacity=1.0, kind="jetson")
+    assert isinstance(told.capacity, float)
+    assert declared(device, {}) == device
+    with pytest.raises(ValueError, match="device 2: capacity must be > 0, got -1"):
+        declared(device, {"capacity": -1})
+
+
+# --- fleets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shares", "num", "counts"),
+    [
+        ((0.6, 0.3, 0.1), 20, [12, 6, 2]),
+        ((0.6, 0.3, 0.1), 4, [2, 1, 1]),
+        ((0.4, 0.3, 0.3), 100, [40, 30, 30]),
+        ((0.6, 0.3, 0.1), 1, [0, 0, 1]),
+        ((0.125, 0.875), 8, [1, 7]),
+        ((0.005, 0.995), 1000, [5, 995]),
+        ((1.0,), 3, [3]),
+        ((0.0, 1.0), 3, [0, 3]),
+    ],
+)
+def test_counts_are_rounded_down_and_the_last_class_gets_the_rest(
+    shares: tuple[float, ...], num: int, counts: list[int]
+) -> None:
+    assert fleet(*shares).counts(num) == counts
+
+
+def test_counts_always_sum_to_the_number_of_devices() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        shares = rng.dirichlet(np.full(int(rng.integers(1, 30)), 0.5))
+        num = int(rng.integers(1, 500))
+        counts = fleet(*shares).counts(num)
+        assert sum(counts) == num
+        assert min(counts) >= 0
+
+
+@pytest.mark.parametrize("shares", [(), (0.5,), (0.7, 0.7), (-0.5, 1.5)])
+def test_shares_sum_to_one(shares: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="must be >= 0 and sum to 1, got"):
+        fleet(*shares)
+
+
+def test_partitions_are_dealt_in_order_and_each_device_is_its_own() -> None:
+    skewed = load_fleet("skewed")
+    devices = [skewed.device(p, 20, 1) for p in range(20)]
+    assert [d.kind for d in devices] == ["weak"] * 12 + ["medium"] * 6 + ["strong"] * 2
+    assert [d.partition for d in devices] == list(range(20))
+    assert devices == [skewed.device(p, 20, 1) for p in range(20)]
+    assert {d.capacity_spread for d in devices} == {0.05, 0.08, 0.10}
+    assert devices != [skewed.device(p, 20, 2) for p in range(20)]
+    for outside in (-1, 20):
+        with pytest.raises(ValueError, match=r"partition must be in 0\.\.19"):
+            skewed.device(outside, 20, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fleets_that_come_along(name: str) -> None:
+    capacities = [device.capacity for device in (load_fleet(name).device(p, 10, 0) for p in range(10))]
+    assert capacities == sorted(capacities)  # weakest first
+    assert max(capacities) >= 1  # somebody holds the whole model
+
+
+def test_unknown_fleets_list_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown fleet 'skewd'; known: equal, flexfl, skewed, or the absolute path"):
+        load_fleet("skewd")
+    with pytest.raises(ValueError, match=r"unknown fleet '/no/where.toml'"):
+        load_fleet("/no/where.toml")
+
+
+ROW = '[[class]]\nkind = "phone"\nshare = 1.0\ncapacity = 0.5\n'
+
+
+def test_a_fleet_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(ROW + "capacity-spread = 0.2\nspeed-macs-s = 5e8\n")
+    device = load_fleet(str(path)).device(0, 1, 0)
+    assert device == Device(0, "phone", 0.5, 0.2, speed_macs_s=5e8)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "sum to 1"),
+        ('[[class]]\nkind = "phone"\n', "needs kind, share, capacity and may have .*; got kind"),
+        (ROW + "colour = 3\n", "mine.toml: a \\[\\[class\\]\\] needs"),
+        (ROW.replace("0.5", "0.0"), "capacity must be > 0"),
+        (ROW.replace("0.5", '"much"'), "capacity"),
+        (ROW + "capacity-spread = -0.1\n", "capacity-spread must be >= 0"),
+        (ROW + "capacity-spread = []\n", "capacity-spread"),
+        (ROW + "speed-macs-s = 0.0\n", "speed-macs-s must be > 0"),
+        ("[[class]\n", "mine.toml"),
+    ],
+    ids=["empty", "incomplete", "unknown", "no capacity", "words", "spread", "no spread", "speed", "no toml"],
+)
+def test_fleet_files_are_checked_before_anything_runs(text: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=match):
+        load_fleet(str(path))
