@@ -74,8 +74,9 @@ class Settings:
             raise ValueError(f"round-timeout must be > 0 seconds, got {self.round_timeout}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
-        for key in ("runs_dir", "weights"):
-            absolute_path(key.replace("_", "-"), getattr(self, key))
+        absolute_path("runs-dir", self.runs_dir)
+        if "/" in self.weights:  # else it is a name
+            absolute_path("weights", self.weights)
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,10 @@ class Experiment:
 def absolute_path(key: str, value: str) -> None:
     """Refuse a relative path: the server process has another working directory than the user.
 
-    Names that are no paths (no separator in them) pass.
+    Raises:
+        ValueError: names the key and the way out.
     """
-    if "/" in value and not value.startswith("~") and not Path(value).is_absolute():
+    if not value.startswith("~") and not Path(value).is_absolute():
         raise ValueError(
             f"{key} must be an absolute path or begin with '~', got {value!r}: the run has another working "
             "directory than you (`flexfed run` resolves relative paths)"

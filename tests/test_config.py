@@ -143,7 +143,7 @@ EVERYBODY = "exclusive, fedavg, fedrolex, flexfl, heterofl, small"
         ({"strategy": "heterofl", "heterofl.ratios": "1.0, 0"}, "heterofl.ratios must fall from at most 1 to above 0"),
         ({"strategy": "fedrolex", "fedrolex.ratios": ""}, "fedrolex.ratios must fall"),
         ({"strategy": "flexfl", "flexfl.targets": "0, 0.5"}, "flexfl.targets must be two rising sizes"),
-        ({"strategy": "flexfl", "flexfl.scores": "0.5, 0.5"}, "flexfl.scores: one for each of 4 groups"),
+        ({"strategy": "flexfl", "flexfl.scores": "0.5, 0.5"}, "one for each of 4 groups"),
         ({"alpha": -1.0}, "alpha must be a number > 0, got -1"),
         ({"alpha": float("nan")}, "alpha must be a number > 0, got nan"),
         ({"fraction-train": 1.5}, r"fraction-train must be in \(0, 1\], got 1.5"),

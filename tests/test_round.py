@@ -14,7 +14,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.numpy import load_file
 from toy import (
-    Bench,
     ScriptedGrid,
     failure,
     final_model,
@@ -32,6 +31,7 @@ import server_app
 import strategies.base
 from flexfed.averaging import Averager
 from flexfed.batchnorm import apply_statistics
+from flexfed.config import Experiment
 from flexfed.data import DataConfig, load_server, normalisation, normalise
 from flexfed.flower.grid import InProcessGrid
 from flexfed.flower.messages import code_fingerprint, to_record_of_arrays
@@ -551,7 +551,7 @@ def test_the_model_file_gives_the_accuracy_reported(tmp_path: Path) -> None:
     """Loaded as a plain network, with the statistics that stand beside the tensors."""
     run = run_toy(tmp_path, "flexfl")
     saved = load_file(run / "model.safetensors")
-    task = Bench().task
+    task = Experiment.read({"strategy": "flexfl"}).task(10, (1, 8, 8))
     model = task.network({name: array for name, array in saved.items() if "running" not in name})
     found = {
         name.removesuffix(".running_mean"): (array, saved[name.replace("mean", "var")])
