@@ -166,7 +166,7 @@ EVERYBODY = "exclusive, fedavg, fedrolex, flexfl, heterofl, small"
             {"runs-dir": "some/runs"},
             "runs-dir must be an absolute path or begin with '~', got 'some/runs'.*flexfed run",
         ),
-        ({"runs-dir": "runs"}, "runs-dir must be absolute or start with ~, got 'runs'"),
+        ({"runs-dir": "runs"}, "runs-dir must be an absolute path or begin with '~', got 'runs'"),
         ({"weights": "some/model.safetensors"}, "weights must be an absolute path or begin with '~'"),
         ({"weights": "/no/model.safetensors"}, "weights"),
     ],
