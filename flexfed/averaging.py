@@ -62,7 +62,10 @@ class Averager:
         self._layout = layout
         self._previous = previous
         self._per = per
-        self._outputs = layout.fixed_units
+        self._outputs = outputs = layout.fixed_units
+        self._output_tensors = [
+            name for name, axes in layout.axes.items() if any(a is not None and outputs[a].any() for a in axes)
+        ]
         self._size = _num_entries(layout.shapes)
         self._pools: dict[bytes, _Pool] = {}
         self._scattered: dict[str, torch.Tensor] = {}
@@ -87,14 +90,15 @@ class Averager:
             raise ValueError(f"weight of a reply must be positive and finite, got {weight}")
         if difference.dtype != np.float32:
             raise ValueError(f"differences must be float32, got {difference.dtype}")
-        known = self._pools.get(submodel.key)
-        shapes = known.shapes if known else narrow_shapes(self._layout, submodel)
-        expected = known.total.numel() if known else _num_entries(shapes)
+        widest = self._with_all_outputs(submodel)
+        known = None if submodel.masks else self._pools.get(widest.key)
+        shapes = self._shapes(submodel, widest, known)
+        expected = known.total.numel() if known and widest is submodel else _num_entries(shapes)
         if difference.shape != (expected,):
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
         flat = _shared(difference)
         refuse_non_finite(flat)
-        pool = None if submodel.masks else known or self._pool_for(submodel)
+        pool = known or (None if submodel.masks else self._new_pool(widest))
         if pool is not None:
             self._add_to_pool(pool, submodel, shapes, flat, weight)
         else:
@@ -105,30 +109,47 @@ class Averager:
 
     def result(self) -> Arrays:
         """The new model; ends the averager. What nobody covered, or the layout does not know, keeps its bytes."""
-        new = {name: np.array(array) for name, array in self._previous.items()}
-        for name in self._layout.shapes:
-            numerator = self._numerator(name)
-            if numerator is not None:
-                weight = self._weight(name)
-                if (weight > 0).all():
-                    numerator /= weight
-                    new[name] += numerator
-                else:
-                    covered = np.broadcast_to(weight > 0, numerator.shape)
-                    np.divide(numerator, weight, out=numerator, where=covered)
-                    np.add(new[name], numerator, out=new[name], where=covered)
+        changed = {name: self._changed(name) for name in self._layout.shapes}
+        kept = {name: np.array(array) for name, array in self._previous.items() if changed.get(name) is None}
+        return {**kept, **{name: array for name, array in changed.items() if array is not None}}
+
+    def _changed(self, name: str) -> np.ndarray | None:
+        """One tensor of the new model, None where nobody sent any of it."""
+        numerator = self._numerator(name)
+        if numerator is None:
+            return None
+        old, weight = np.asarray(self._previous[name]), self._weight(name)
+        if old.dtype == np.float32 and (weight > 0).all():  # one pass over memory
+            return np.asarray(torch.addcdiv(_shared(old), numerator, torch.from_numpy(weight)))
+        new, change = np.array(old), numerator.numpy()
+        covered = np.broadcast_to(weight > 0, change.shape)
+        np.divide(change, weight, out=change, where=covered)
+        np.add(new, change, out=new, where=covered)
         return new
 
-    def _pool_for(self, submodel: Submodel) -> _Pool | None:
-        widest = Submodel(submodel.units | self._outputs, submodel.keys)
-        pool = self._pools.get(widest.key)
+    def _with_all_outputs(self, submodel: Submodel) -> Submodel:
+        """The submodel itself, or the one that lacks none of the outputs it leaves out."""
+        if submodel.units[self._outputs].all():
+            return submodel
+        return Submodel(submodel.units | self._outputs, submodel.keys)
+
+    def _shapes(self, submodel: Submodel, widest: Submodel, pool: _Pool | None) -> dict[str, tuple[int, ...]]:
+        """Shapes of a reply's tensors; counted anew only where they differ from those of its pool."""
         if pool is None:
-            shapes = narrow_shapes(self._layout, widest)
-            size = _num_entries(shapes)
-            if size + sum(p.total.numel() for p in self._pools.values()) > _POOL_LIMIT * self._size:
-                return None
-            pool = _Pool(widest, shapes, torch.zeros(size), np.zeros(self._layout.num_units))
-            self._pools[widest.key] = pool
+            return narrow_shapes(self._layout, submodel)
+        if widest is submodel:
+            return pool.shapes
+        held = frozenset(name for name in self._output_tensors if submodel.holds(name))
+        return {**pool.shapes, **narrow_shapes(self._layout, Submodel(submodel.units, held))}
+
+    def _new_pool(self, widest: Submodel) -> _Pool | None:
+        """A pool for another kind of reply, if there is room for it."""
+        shapes = narrow_shapes(self._layout, widest)
+        size = _num_entries(shapes)
+        if size + sum(p.total.numel() for p in self._pools.values()) > _POOL_LIMIT * self._size:
+            return None
+        pool = _Pool(widest, shapes, torch.zeros(size), np.zeros(self._layout.num_units))
+        self._pools[widest.key] = pool
         return pool
 
     def _add_to_pool(
@@ -139,7 +160,7 @@ class Averager:
         flat: torch.Tensor,
         weight: float,
     ) -> None:
-        if np.array_equal(submodel.units, pool.submodel.units):
+        if shapes is pool.shapes:
             pool.total.add_(flat, alpha=weight)
         else:
             self._add_without_some_outputs(pool, submodel, shapes, flat, weight)
@@ -232,18 +253,18 @@ class Averager:
         weight = self._coverage(name, [(p.weights, p.submodel.units) for p in pools]) if pools else np.float32(0)
         return np.asarray(weight + self._counted.get(name, np.float32(0)))
 
-    def _numerator(self, name: str) -> np.ndarray | None:
+    def _numerator(self, name: str) -> torch.Tensor | None:
         """Sum of all weighted differences of one tensor, at full size."""
-        pools = [p for p in self._pools.values() if p.submodel.holds(name)]
-        if not pools and name not in self._scattered:
-            return None
+        sums = [(p.submodel, _view(p, name)) for p in self._pools.values() if p.submodel.holds(name)]
         into = self._scattered.pop(name, None)
-        into = torch.zeros(self._layout.shapes[name]) if into is None else into
-        for pool in pools:
-            start, shape = _place(pool.shapes, name)
-            values = pool.total[start : start + math.prod(shape)].view(shape)
-            add_at(into, positions(self._layout, pool.submodel, name), values, 1.0)
-        return into.numpy()
+        if into is None and not sums:
+            return None
+        if into is None:  # a sum of full size takes the others up: no further copy of the model
+            whole = next((i for i, (_, v) in enumerate(sums) if v.shape == self._layout.shapes[name]), None)
+            into = torch.zeros(self._layout.shapes[name]) if whole is None else sums.pop(whole)[1]
+        for submodel, values in sums:
+            add_at(into, positions(self._layout, submodel, name), values, 1.0)
+        return into
 
 
 def _along(axis: np.ndarray | None, size: int, weights: np.ndarray, units: np.ndarray, weigh: bool) -> np.ndarray:
@@ -263,14 +284,15 @@ def _num_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _place(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, tuple[int, ...]]:
-    """Where a tensor begins in a flat vector, and its shape."""
+def _view(pool: _Pool, name: str) -> torch.Tensor:
+    """One tensor's part of a pool's flat sum."""
     start = 0
-    for other, shape in shapes.items():
+    for other, shape in pool.shapes.items():
         if other == name:
             break
         start += math.prod(shape)
-    return start, shapes[name]
+    shape = pool.shapes[name]
+    return pool.total[start : start + math.prod(shape)].view(shape)
 
 
 def refuse_non_finite(flat: torch.Tensor) -> None:
