@@ -10,6 +10,7 @@ from functools import partial
 from unittest import mock
 
 import numpy as np
+from flwr.app import ConfigRecord
 
 import strategies.base
 from benchmarks.folding import RATES, draw_model, plan, resnet_layout
@@ -47,11 +48,11 @@ def times_extracted(method: str) -> Row:
     """Extractions for one round's jobs over the distinct submodels among them; 20 clients, all of them asked."""
     strategy, grid = in_process_strategy(method, NUM_CLIENTS, {"fraction-train": 1.0, **METHODS[method]})
     arrays = to_record_of_arrays(initial_arrays(strategy.task, "", 1))
-    configure = partial(strategy.configure_train, arrays=arrays, config=None, grid=grid)
+    configure = partial(strategy.configure_train, arrays=arrays, config=ConfigRecord(), grid=grid)
     list(configure(1))  # meets the clients
     with counted() as calls:
         messages = list(configure(2))
-    distinct = {bytes(m.content.config_records["submodel"]["units"]) for m in messages}
+    distinct = {m.content.config_records["submodel"]["units"] for m in messages}
     detail = f"{sum(calls.values())} for {len(messages)} jobs of {len(distinct)} distinct submodels"
     return Row(f"{method}: extractions / distinct submodels of a round", max(calls.values()), "x", 1.0, detail)
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks.measuring import Row, interleaved
+from flexfed.networks import travelling
 from flexfed.select import prefix_ratio
 from flexfed.submodel import extract, narrow
 from flexfed.training import Samples, Training, fit
-from flexfed.units import trace_layout, travelling
+from flexfed.units import trace_layout
 
 INPUT_SHAPE = (3, 32, 32)
 BATCH = 16
@@ -24,7 +25,7 @@ def resnet18() -> nn.Module:
     """The torchvision network with the stem for small images: 3x3, stride 1, no max-pool."""
     from torchvision.models import resnet18
 
-    model = resnet18(num_classes=10)
+    model: nn.Module = resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
