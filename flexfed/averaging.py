@@ -148,7 +148,7 @@ class Averager:
         size = _num_entries(shapes)
         if size + sum(p.total.numel() for p in self._pools.values()) > _POOL_LIMIT * self._size:
             return None
-        pool = _Pool(widest, shapes, torch.zeros(size), np.zeros(self._layout.num_units))
+        pool = _Pool(widest, shapes, _zeros((size,)), np.zeros(self._layout.num_units))
         self._pools[widest.key] = pool
         return pool
 
@@ -197,7 +197,7 @@ class Averager:
             stop = start + math.prod(shape)
             into = self._scattered.get(name)
             if into is None:
-                into = self._scattered[name] = torch.zeros(self._layout.shapes[name])
+                into = self._scattered[name] = _zeros(self._layout.shapes[name])
             values = flat[start:stop].view(shape)
             if name in submodel.masks:
                 values = values * torch.from_numpy(submodel.masks[name])
@@ -261,7 +261,7 @@ class Averager:
             return None
         if into is None:  # a sum of full size takes the others up: no further copy of the model
             whole = next((i for i, (_, v) in enumerate(sums) if v.shape == self._layout.shapes[name]), None)
-            into = torch.zeros(self._layout.shapes[name]) if whole is None else sums.pop(whole)[1]
+            into = _zeros(self._layout.shapes[name]) if whole is None else sums.pop(whole)[1]
         for submodel, values in sums:
             add_at(into, positions(self._layout, submodel, name), values, 1.0)
         return into
@@ -278,6 +278,11 @@ def _shared(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """Zeros in numpy's memory, which comes in large pages: a quarter of the time of torch's for a whole model."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.float32))
 
 
 def _num_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
