@@ -15,12 +15,13 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 import torch
 
-from flexfed.submodel import Submodel, as_slice, narrow_shapes, positions, relative_positions
+from flexfed.submodel import Submodel, as_slice, narrow_shape, narrow_shapes, positions, relative_positions
 from flexfed.units import Arrays, Layout
 
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
@@ -36,6 +37,12 @@ class _Pool:
     shapes: dict[str, tuple[int, ...]]  # of its tensors, in wire order
     total: torch.Tensor  # flat, weighted sum of differences
     weights: np.ndarray  # (num_units,) float64: weight of the replies that hold each unit
+    starts: dict[str, int]  # where each tensor begins in `total`
+
+    def sum_of(self, name: str) -> torch.Tensor:
+        """One tensor of the sum, a view."""
+        start, shape = self.starts[name], self.shapes[name]
+        return self.total[start : start + math.prod(shape)].view(shape)
 
 
 class Averager:
@@ -64,7 +71,7 @@ class Averager:
         self._per = per
         self._outputs = outputs = layout.fixed_units
         self._output_tensors = [
-            name for name, axes in layout.axes.items() if any(a is not None and outputs[a].any() for a in axes)
+            name for name in layout.shapes if any(a is not None and outputs[a].any() for a in layout.axes[name])
         ]
         self._size = _num_entries(layout.shapes)
         self._pools: dict[bytes, _Pool] = {}
@@ -120,7 +127,7 @@ class Averager:
             return None
         old, weight = np.asarray(self._previous[name]), self._weight(name)
         if old.dtype == np.float32 and (weight > 0).all():  # one pass over memory
-            return np.asarray(torch.addcdiv(_shared(old), numerator, torch.from_numpy(weight)))
+            return torch.addcdiv(_shared(old), numerator, torch.from_numpy(weight), out=numerator).numpy()
         new, change = np.array(old), numerator.numpy()
         covered = np.broadcast_to(weight > 0, change.shape)
         np.divide(change, weight, out=change, where=covered)
@@ -139,16 +146,17 @@ class Averager:
             return narrow_shapes(self._layout, submodel)
         if widest is submodel:
             return pool.shapes
-        held = frozenset(name for name in self._output_tensors if submodel.holds(name))
-        return {**pool.shapes, **narrow_shapes(self._layout, Submodel(submodel.units, held))}
+        held = filter(submodel.holds, self._output_tensors)
+        return {**pool.shapes, **{name: narrow_shape(self._layout, submodel, name) for name in held}}
 
     def _new_pool(self, widest: Submodel) -> _Pool | None:
         """A pool for another kind of reply, if there is room for it."""
         shapes = narrow_shapes(self._layout, widest)
-        size = _num_entries(shapes)
+        *begins, size = accumulate((math.prod(shape) for shape in shapes.values()), initial=0)
+        starts = dict(zip(shapes, begins, strict=True))
         if size + sum(p.total.numel() for p in self._pools.values()) > _POOL_LIMIT * self._size:
             return None
-        pool = _Pool(widest, shapes, _zeros((size,)), np.zeros(self._layout.num_units))
+        pool = _Pool(widest, shapes, _zeros((size,)), np.zeros(self._layout.num_units), starts)
         self._pools[widest.key] = pool
         return pool
 
@@ -175,19 +183,15 @@ class Averager:
         weight: float,
     ) -> None:
         """Tensors in between outputs are one run in both vectors: added together, not one by one."""
-        run = source = target = 0
-        for name, wide in pool.shapes.items():
-            size = math.prod(shapes[name])
-            if shapes[name] == wide:
-                run, source, target = run + size, source + size, target + size
-                continue
-            pool.total[target - run : target].add_(flat[source - run : source], alpha=weight)
-            run = 0
-            into = pool.total[target : target + math.prod(wide)].view(wide)
+        source = target = 0
+        for name in filter(submodel.holds, self._output_tensors):
+            run, size = pool.starts[name] - target, math.prod(shapes[name])
+            pool.total[target : target + run].add_(flat[source : source + run], alpha=weight)
+            source, target = source + run, target + run + math.prod(pool.shapes[name])
             kept = relative_positions(self._layout, pool.submodel, submodel, name)
-            add_at(into, kept, flat[source : source + size].view(shapes[name]), weight)
-            source, target = source + size, target + math.prod(wide)
-        pool.total[target - run : target].add_(flat[source - run : source], alpha=weight)
+            add_at(pool.sum_of(name), kept, flat[source : source + size].view(shapes[name]), weight)
+            source += size
+        pool.total[target:].add_(flat[source:], alpha=weight)
 
     def _scatter(
         self, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
@@ -243,7 +247,8 @@ class Averager:
         if len(axes) == 1 or axes[1] is None:
             return np.asarray(first.sum(axis=0)).reshape(-1, *[1] * (len(shape) - 1))
         second = np.stack([_along(axes[1], shape[1], *row, weigh=outputs_second) for row in rows])
-        return np.asarray(first.T @ second).reshape(*shape[:2], *[1] * (len(shape) - 2))
+        product = torch.from_numpy(first).T @ torch.from_numpy(second)  # numpy's product has threads of its own
+        return product.numpy().reshape(*shape[:2], *[1] * (len(shape) - 2))
 
     def _weight(self, name: str) -> np.ndarray:
         if self._per == "total":
@@ -255,7 +260,7 @@ class Averager:
 
     def _numerator(self, name: str) -> torch.Tensor | None:
         """Sum of all weighted differences of one tensor, at full size."""
-        sums = [(p.submodel, _view(p, name)) for p in self._pools.values() if p.submodel.holds(name)]
+        sums = [(p.submodel, p.sum_of(name)) for p in self._pools.values() if p.submodel.holds(name)]
         into = self._scattered.pop(name, None)
         if into is None and not sums:
             return None
@@ -289,24 +294,13 @@ def _num_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _view(pool: _Pool, name: str) -> torch.Tensor:
-    """One tensor's part of a pool's flat sum."""
-    start = 0
-    for other, shape in pool.shapes.items():
-        if other == name:
-            break
-        start += math.prod(shape)
-    shape = pool.shapes[name]
-    return pool.total[start : start + math.prod(shape)].view(shape)
-
-
 def refuse_non_finite(flat: torch.Tensor) -> None:
     """Raise ValueError where a vector holds NaN, infinity, or numbers so large that a sum of them overflows.
 
     The sum of squares carries every such entry into one number, at the speed of reading; only when that number
     is not finite are the entries looked at.
     """
-    if not math.isfinite(float(flat.dot(flat))):
+    if not math.isfinite(float(torch.linalg.vector_norm(flat))):
         bad = int((~(flat.abs() < _LARGEST)).sum())
         if bad:
             raise ValueError(f"{bad} of {flat.numel()} numbers are NaN or infinite, or above {_LARGEST:.0e}")
@@ -320,7 +314,7 @@ def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torc
     if all(run is not None for run in runs):
         into[tuple(run for run in runs if run is not None)].add_(values, alpha=weight)
         return
-    if len(kept) == 1:
+    if all(index is None for index in kept[1:]):
         into.index_add_(0, torch.from_numpy(kept[0]), values, alpha=weight)
         return
     rows, columns = (np.arange(n) if i is None else i for i, n in zip(kept[:2], into.shape[:2], strict=True))

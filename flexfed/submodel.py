@@ -80,14 +80,13 @@ def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor:
 
 def narrow_shapes(layout: Layout, submodel: Submodel) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the part, in wire order."""
-    return {
-        name: tuple(
-            n if units is None else int(np.count_nonzero(submodel.units[units]))
-            for n, units in zip(shape, layout.axes[name], strict=True)
-        )
-        for name, shape in layout.shapes.items()
-        if submodel.holds(name)
-    }
+    return {name: narrow_shape(layout, submodel, name) for name in layout.shapes if submodel.holds(name)}
+
+
+def narrow_shape(layout: Layout, submodel: Submodel, tensor: str) -> tuple[int, ...]:
+    """Shape of one tensor of the part."""
+    axes = zip(layout.shapes[tensor], layout.axes[tensor], strict=True)
+    return tuple(n if units is None else int(np.count_nonzero(submodel.units[units])) for n, units in axes)
 
 
 def take(array: np.ndarray, kept: tuple[np.ndarray | None, ...]) -> np.ndarray:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -18,6 +18,8 @@ from flexfed.devices import Device, from_record, to_record
 from flexfed.jobs import Assignment, Job, Update
 from flexfed.submodel import pack, unflatten, unpack
 from flexfed.units import Arrays, Layout
+
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 _RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
 _DTYPES = ("float32", "float64")
@@ -125,6 +127,14 @@ def update_content(update: Update) -> RecordDict:
     )
 
 
+def _record(content: RecordDict, name: str, kind: type[R]) -> R:
+    """One record of a message; Flower's views by kind copy all records of that kind at every look."""
+    record = content.get(name)
+    if not isinstance(record, kind):
+        raise KeyError(name)
+    return record
+
+
 def read_update(content: RecordDict, layout: Layout) -> Update:
     """A reply, checked as far as it can be without knowing what was sent.
 
@@ -132,9 +142,9 @@ def read_update(content: RecordDict, layout: Layout) -> Update:
         ValueError: records are missing, or do not hold what a reply holds.
     """
     try:
-        flat = from_array(content.array_records["arrays"]["part"])
-        packed = content.config_records["submodel"]
-        metrics = dict(content.metric_records["metrics"])
+        flat = from_array(_record(content, "arrays", ArrayRecord)["part"])
+        packed = _record(content, "submodel", ConfigRecord)
+        metrics = dict(_record(content, "metrics", MetricRecord))
     except KeyError as missing:
         raise ValueError(f"reply lacks {missing}; expected arrays/part, submodel and metrics/weight") from missing
     weight = metrics.pop("weight", math.nan)
