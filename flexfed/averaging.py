@@ -107,7 +107,11 @@ class Averager:
         refuse_non_finite(flat)
         pool = known or (None if submodel.masks else self._new_pool(widest))
         if pool is not None:
-            self._add_to_pool(pool, submodel, shapes, flat, weight)
+            if flat.shape == pool.total.shape:
+                pool.total.add_(flat, alpha=weight)
+            else:
+                self._add_without_some_outputs(pool, submodel, shapes, flat, weight)
+            pool.weights[submodel.units] += weight
         else:
             self._scatter(submodel, shapes, flat, weight)
             self._cover(submodel, weight)
@@ -159,20 +163,6 @@ class Averager:
         pool = _Pool(widest, shapes, _zeros((size,)), np.zeros(self._layout.num_units), starts)
         self._pools[widest.key] = pool
         return pool
-
-    def _add_to_pool(
-        self,
-        pool: _Pool,
-        submodel: Submodel,
-        shapes: Mapping[str, tuple[int, ...]],
-        flat: torch.Tensor,
-        weight: float,
-    ) -> None:
-        if shapes is pool.shapes:
-            pool.total.add_(flat, alpha=weight)
-        else:
-            self._add_without_some_outputs(pool, submodel, shapes, flat, weight)
-        pool.weights[submodel.units] += weight
 
     def _add_without_some_outputs(
         self,
