@@ -24,6 +24,10 @@ class Device:
         kind: name of its class in the fleet.
         capacity: nominal share of the full model's parameters that it can train; above 1 leaves room to spare.
         capacity_spread: standard deviation of what other programs take from it; see `capacity_now`.
+        memory_bytes: nominally free for training, beside Python, torch and the data; infinite = never told.
+        memory_spread_bytes: standard deviation of what other programs take from it; see `memory_now`.
+        measure_memory: a real device, which looks at the memory really free whenever a job arrives.
+        availability: shares of its power, one of which it has in each round; empty = always all of it.
         speed_macs_s: multiply-accumulates a second.
         link_bytes_s: bytes a second, both ways.
         compute_watts: power while it computes.
@@ -36,6 +40,10 @@ class Device:
     kind: str = "device"
     capacity: float = 1.0
     capacity_spread: float = 0.0
+    memory_bytes: float = math.inf
+    memory_spread_bytes: float = 0.0
+    measure_memory: bool = False
+    availability: tuple[float, ...] = ()
     speed_macs_s: float = 1e9
     link_bytes_s: float = 1e6
     compute_watts: float = 1.0
@@ -47,7 +55,11 @@ class Device:
         for key in ("capacity", "speed_macs_s", "link_bytes_s"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
                 raise ValueError(f"device {self.partition}: {_key(key)} must be > 0, got {getattr(self, key)}")
-        for key in ("capacity_spread", "compute_watts", "radio_watts", "num_examples"):
+        if not self.memory_bytes > 0:
+            raise ValueError(f"device {self.partition}: memory-bytes must be > 0, got {self.memory_bytes}")
+        if not all(0 < share <= 1 for share in self.availability):
+            raise ValueError(f"device {self.partition}: availability must lie in (0, 1], got {self.availability}")
+        for key in ("capacity_spread", "memory_spread_bytes", "compute_watts", "radio_watts", "num_examples"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
                 raise ValueError(f"device {self.partition}: {_key(key)} must be >= 0, got {getattr(self, key)}")
 
@@ -58,6 +70,27 @@ class Device:
         """
         return self.capacity - abs(float(rng.normal(0.0, self.capacity_spread)))
 
+    def memory_now(self, rng: np.random.Generator) -> float:
+        """Bytes left for training at this moment, drawn as `capacity_now` is."""
+        return self.memory_bytes - abs(float(rng.normal(0.0, self.memory_spread_bytes)))
+
+    def in_round(self, server_round: int, seed: int) -> Device:
+        """The device as it is in one round: capacity, memory and speed times one of its `availability`.
+
+        Drawn from (seed, round, partition), so that the server and the device itself know the same.
+        """
+        if not self.availability:
+            return self
+        rng = np.random.default_rng([seed, server_round, self.partition, 2])
+        share = float(rng.choice(self.availability))
+        return replace(
+            self,
+            capacity=share * self.capacity,
+            memory_bytes=share * self.memory_bytes,
+            speed_macs_s=share * self.speed_macs_s,
+            availability=(),
+        )
+
 
 @dataclass(frozen=True)
 class DeviceClass:
@@ -65,15 +98,19 @@ class DeviceClass:
 
     kind: str
     share: float
-    capacity: float
+    capacity: float = 1.0
     capacity_spread: tuple[float, ...] = (0.0,)
+    memory_bytes: float = math.inf
+    memory_spread_bytes: float = 0.0
+    availability: tuple[float, ...] = ()
     speed_macs_s: float = 1e9
     link_bytes_s: float = 1e6
     compute_watts: float = 1.0
     radio_watts: float = 1.0
 
     def __post_init__(self) -> None:
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "capacity_spread")}
+        lists = ("capacity_spread", "availability")
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", *lists)}
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"class {self.kind!r}: {_key(name)} must be a number, got {value!r}")
@@ -137,28 +174,33 @@ def load_fleet(name: str) -> Fleet:
 def _device_class(row: Mapping[str, Any], where: str) -> DeviceClass:
     values = {key.replace("-", "_"): value for key, value in row.items()}
     known = {f.name for f in fields(DeviceClass)}
-    if not {"kind", "share", "capacity"} <= values.keys() <= known:
-        raise ValueError(
-            f"{where}: a [[class]] needs kind, share, capacity and may have {_keys(known)}; got {_keys(values)}"
-        )
-    spread = values.get("capacity_spread", 0.0)
-    values["capacity_spread"] = tuple(spread) if isinstance(spread, Sequence) else (float(spread),)
+    if not {"kind", "share"} <= values.keys() <= known:
+        raise ValueError(f"{where}: a [[class]] needs kind and share and may have {_keys(known)}; got {_keys(values)}")
+    for name in {"capacity_spread", "availability"} & values.keys():
+        values[name] = tuple(values[name]) if isinstance(values[name], Sequence) else (float(values[name]),)
     return DeviceClass(**values)
+
+
+_SPREADS = {"capacity": "capacity_spread", "memory_bytes": "memory_spread_bytes"}
 
 
 def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
     """The device as its SuperNode's node-config declares it: keys there win over the fleet's."""
-    names = {f.name for f in fields(Device)} - {"partition", "num_examples", "labels"}
+    names = {f.name for f in fields(Device)} - {"partition", "availability", "num_examples", "labels"}
     told: dict[str, Any] = {name: node_config[_key(name)] for name in names if _key(name) in node_config}
-    for name, value in told.items():
-        if name != "kind" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(
-                f"node-config of partition {device.partition}: {_key(name)} must be a number, got {value!r}"
-            )
-    if "capacity" in told:
-        told.setdefault("capacity_spread", 0.0)  # what a device says of itself is not blurred by the fleet's noise
-    values: dict[str, Any] = {name: value if name == "kind" else float(value) for name, value in told.items()}
+    values = {name: _declared_value(device.partition, name, value) for name, value in told.items()}
+    for name in _SPREADS.keys() & told.keys():  # what a device says of itself is not blurred by noise
+        values.setdefault(_SPREADS[name], 0.0)
     return replace(device, **values)
+
+
+def _declared_value(partition: int, name: str, value: Any) -> Any:
+    kind = {"kind": str, "measure_memory": bool}.get(name, float)
+    given = float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(given, kind):
+        words = {str: "a string", bool: "true or false", float: "a number"}[kind]
+        raise ValueError(f"node-config of partition {partition}: {_key(name)} must be {words}, got {value!r}")
+    return given
 
 
 def to_record(device: Device) -> dict[str, Any]:
@@ -176,7 +218,8 @@ def from_record(record: Mapping[str, Any]) -> Device:
     expected = {f.name for f in fields(Device)}
     if values.keys() != expected:
         raise ValueError(f"a device's profile should have {_keys(expected)}; got {_keys(values)}")
-    return Device(**{**values, "labels": tuple(int(x) for x in values["labels"])})
+    lists = {"labels": tuple(map(int, values["labels"])), "availability": tuple(map(float, values["availability"]))}
+    return Device(**{**values, **lists})
 
 
 def _key(name: str) -> str:

@@ -131,7 +131,7 @@ EVERYBODY = "exclusive, fedavg, fedrolex, flexfl, heterofl, small"
         ({"model": "no_such_package:net"}, "model 'no_such_package:net' cannot be imported"),
         ({"dataset": "digitz"}, "dataset 'digitz' could not be loaded; tried .*\"digits\""),
         ({"dataset": ""}, 'dataset must be "digits"'),
-        ({"fleet": "skewd"}, "unknown fleet 'skewd'; known: equal, flexfl, skewed"),
+        ({"fleet": "skewd"}, "unknown fleet 'skewd'; known: boards, equal, fedlps, fedlps-fixed, flexfl, skewed"),
         ({"partition": "dirichelt"}, "unknown partition 'dirichelt'; known: dirichlet, iid, natural, pathological"),
         ({"partition": "natural"}, "needs id-column"),
         ({"batch-norm": "frozen"}, "unknown batch-norm 'frozen'; known: batch, static"),

@@ -28,6 +28,10 @@ def fleet(*shares: float) -> Fleet:
         ({"link_bytes_s": 0.0}, "link-bytes-s must be > 0"),
         ({"capacity_spread": -0.1}, "capacity-spread must be >= 0"),
         ({"compute_watts": float("inf")}, "compute-watts must be >= 0"),
+        ({"memory_bytes": 0.0}, "memory-bytes must be > 0, got 0.0"),
+        ({"memory_bytes": float("nan")}, "memory-bytes must be > 0"),
+        ({"memory_spread_bytes": -1.0}, "memory-spread-bytes must be >= 0"),
+        ({"availability": (0.5, 0.0)}, r"availability must lie in \(0, 1\], got \(0.5, 0.0\)"),
         ({"num_examples": -1}, "num-examples must be >= 0, got -1"),
     ],
 )
@@ -45,8 +49,30 @@ def test_capacity_falls_below_nominal_by_half_a_normal() -> None:
     assert replace(device, capacity_spread=0.0).capacity_now(rng) == 0.6
 
 
+def test_memory_falls_below_nominal_as_capacity_does() -> None:
+    rng = np.random.default_rng(0)
+    device = Device(0, memory_bytes=1e9, memory_spread_bytes=1e8)
+    drawn = np.array([device.memory_now(rng) for _ in range(4000)])
+    assert (drawn <= 1e9).all()
+    assert drawn.mean() == pytest.approx(1e9 - 1e8 * np.sqrt(2 / np.pi), rel=0.005)
+    assert Device(0).memory_now(rng) == np.inf
+
+
+def test_availability_is_drawn_anew_every_round_and_alike_everywhere() -> None:
+    device = Device(3, capacity=0.8, memory_bytes=1e9, speed_macs_s=4e9, availability=(0.25, 0.5, 1.0))
+    rounds = [device.in_round(r, seed=7) for r in range(1, 301)]
+    assert rounds == [device.in_round(r, seed=7) for r in range(1, 301)]
+    assert rounds != [device.in_round(r, seed=8) for r in range(1, 301)]
+    counts = {share: sum(d.capacity == 0.8 * share for d in rounds) for share in device.availability}
+    assert all(70 < count < 130 for count in counts.values())
+    for d in rounds:
+        assert d.memory_bytes / 1e9 == d.speed_macs_s / 4e9 == d.capacity / 0.8
+        assert d.in_round(9, seed=1) == d  # drawn once
+    assert Device(0).in_round(1, seed=7) == Device(0)
+
+
 def test_a_record_holds_all_of_a_device() -> None:
-    device = Device(3, "weak", 0.35, 0.05, 2e9, 1e5, 3.0, 0.5, 120, (0, 4, 9))
+    device = Device(3, "weak", 0.35, 0.05, 4e8, 1e7, True, (0.5, 1.0), 2e9, 1e5, 3.0, 0.5, 120, (0, 4, 9))
     assert from_record(to_record(device)) == device
     assert from_record(to_record(Device(0))) == Device(0)
     assert "capacity-spread" in to_record(device)
@@ -56,7 +82,7 @@ def test_records_that_are_no_device_are_refused() -> None:
     record = to_record(Device(0))
     missing = {key: value for key, value in record.items() if key != "capacity"}
     for wrong in (missing, {**record, "colour": "red"}, {}):
-        with pytest.raises(ValueError, match=r"a device's profile should have capacity, capacity-spread, .*; got"):
+        with pytest.raises(ValueError, match=r"a device's profile should have availability, capacity, .*; got"):
             from_record(wrong)
     with pytest.raises(ValueError, match="capacity must be > 0"):
         from_record({**record, "capacity": -1.0})
@@ -70,6 +96,16 @@ def test_what_a_node_declares_wins_over_its_fleet() -> None:
     assert declared(device, {}) == device
     with pytest.raises(ValueError, match="device 2: capacity must be > 0, got -1"):
         declared(device, {"capacity": -1})
+
+
+def test_what_a_node_says_of_its_memory_is_not_blurred_by_its_fleet() -> None:
+    device = Device(2, memory_bytes=1e9, memory_spread_bytes=1e8)
+    told = declared(device, {"memory-bytes": 500_000_000, "measure-memory": True})
+    assert told == replace(device, memory_bytes=5e8, memory_spread_bytes=0.0, measure_memory=True)
+    assert declared(device, {"memory-bytes": 5e8, "memory-spread-bytes": 2e7}).memory_spread_bytes == 2e7
+    for key, value, kind in (("measure-memory", 1, "true or false"), ("memory-bytes", "1 GB", "a number")):
+        with pytest.raises(ValueError, match=f"node-config of partition 2: {key} must be {kind}, got"):
+            declared(device, {key: value})
 
 
 # --- fleets -----------------------------------------------------------------------------------------------------
@@ -130,8 +166,24 @@ def test_fleets_that_come_along(name: str) -> None:
     assert max(capacities) >= 1  # somebody holds the whole model
 
 
+def test_the_papers_fleets_are_what_the_papers_say() -> None:
+    fixed = [load_fleet("fedlps-fixed").device(p, 50, 1) for p in range(50)]
+    levels = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
+    assert [d.capacity for d in fixed] == [level for level in levels for _ in range(10)]
+    assert [2 * d.speed_macs_s / 1e6 for d in fixed[::10]] == [46528, 93056, 186112, 372224, 744448]
+    dynamic = load_fleet("fedlps").device(0, 50, 1)
+    assert {dynamic.in_round(r, 1).capacity for r in range(1, 100)} == set(levels)
+    assert dynamic.in_round(1, 1).speed_macs_s == 372.224e9 * dynamic.in_round(1, 1).capacity
+    boards = load_fleet("boards")
+    assert boards.counts(17) == [4, 10, 3]
+    assert np.isfinite([boards.device(p, 17, 1).memory_bytes for p in range(17)]).all()
+
+
 def test_unknown_fleets_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown fleet 'skewd'; known: equal, flexfl, skewed, or the absolute path"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown fleet 'skewd'; known: boards, equal, fedlps, fedlps-fixed, flexfl, skewed, or the absolute path",
+    ):
         load_fleet("skewd")
     with pytest.raises(ValueError, match=r"unknown fleet '/no/where.toml'"):
         load_fleet("/no/where.toml")
@@ -151,7 +203,7 @@ def test_a_fleet_of_ones_own(tmp_path: Path) -> None:
     ("text", "match"),
     [
         ("", "sum to 1"),
-        ('[[class]]\nkind = "phone"\n', "needs kind, share, capacity and may have .*; got kind"),
+        ('[[class]]\nkind = "phone"\n', "needs kind and share and may have .*; got kind"),
         (ROW + "colour = 3\n", "mine.toml: a \\[\\[class\\]\\] needs"),
         (ROW.replace("0.5", "0.0"), "capacity must be > 0"),
         (ROW.replace("0.5", '"much"'), "capacity"),
