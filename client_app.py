@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flexfed.batchnorm import collect_sums, pack_sums
+from flexfed.client_state import load_state, save_state, state_folder
 from flexfed.config import Experiment
 from flexfed.data import ClientData, client_labels, load_client, normalise
 from flexfed.devices import Device, declared, load_fleet
@@ -23,7 +25,7 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
     update_content,
 )
-from flexfed.jobs import Task, evaluate_part, shrink
+from flexfed.jobs import Job, Task, evaluate_part, shrink
 from flexfed.methods import METHODS
 from flexfed.submodel import unpack
 from flexfed.training import batches
@@ -42,10 +44,14 @@ def profile(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the part that came, by the run's method."""
+    """Train the part that came, by the run's method; private state is saved before the reply leaves."""
     task, data = _work(message, context)
-    job = read_job(message.content, task.layout, _device(context))
+    job = _job(message, context, task)
+    folder = _state_folder(message, context)
+    job = replace(job, state=load_state(folder, job.server_round))
     update = METHODS[_experiment(context).settings.strategy].local_update(job, task, data)
+    if update.state:
+        save_state(folder, job.server_round, update.state)
     return Message(update_content(update), reply_to=message)
 
 
@@ -53,7 +59,7 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Test the part that came on the client's validation split."""
     task, data = _work(message, context)
-    job = read_job(message.content, task.layout, _device(context))
+    job = _job(message, context, task)
     record = message.content.array_records.get("statistics")
     found = None if record is None else read_statistics(record)
     result = evaluate_part(task, job.arrays, found, data.validation)
@@ -65,7 +71,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def statistics(message: Message, context: Context) -> Message:
     """Sum what batch norm sees of the client's training data, for every level that the part holds."""
     task, data = _work(message, context)
-    job = read_job(message.content, task.layout, _device(context))
+    job = _job(message, context, task)
     definition = str(message.content.config_records["query"]["definition"])
     sums: dict[str, ArrayRecord] = {}
     for name, bits in message.content.config_records["levels"].items():
@@ -85,6 +91,20 @@ def _work(message: Message, context: Context) -> tuple[Task, ClientData]:
     task = _task(key, int(config["num-classes"]), tuple(config["input-shape"]))
     mean, std = tuple(config["input-mean"]), tuple(config["input-std"])
     return task, _data(key, *_place(context), _data_path(context), mean, std)
+
+
+def _job(message: Message, context: Context, task: Task) -> Job:
+    """The job, for this device as it is in this round."""
+    job = read_job(message.content, task.layout, _device(context))
+    return replace(job, device=job.device.in_round(job.server_round, _experiment(context).settings.seed))
+
+
+def _state_folder(message: Message, context: Context) -> Path:
+    settings = _experiment(context).settings
+    node_dir = str(context.node_config.get("state-dir", ""))
+    run = str(_config(message)["run"])
+    partition, _ = _place(context)
+    return state_folder(node_dir, settings.state_dir, settings.resume, settings.runs_dir, run, partition)
 
 
 def _config(message: Message) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,22 +16,24 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from flexfed.checkpoint import Checkpoint, refuse_other_network, save_checkpoint
 from flexfed.compare import find_comparable
 from flexfed.config import Experiment, Settings
 from flexfed.cost import num_parameters
 from flexfed.data import ServerData, check_partition, load_server, normalisation, normalise
 from flexfed.devices import load_fleet
 from flexfed.flower.grid import InProcessGrid, StreamingGrid
-from flexfed.flower.messages import from_record_of_arrays, to_record_of_arrays
+from flexfed.flower.messages import to_record_of_arrays
 from flexfed.jobs import Task
 from flexfed.models import load_weights
 from flexfed.networks import travelling
 from flexfed.report import EventWriter, final_table, round_line
+from flexfed.resume import Resumed, is_over, open_run, run_identity
 from flexfed.runs import RunFolder, load_run
 from flexfed.soundness import check_parts
 from flexfed.units import Arrays
 from strategies import STRATEGIES
-from strategies.base import SubmodelStrategy
+from strategies.base import RunOver, SubmodelStrategy
 
 app = ServerApp()
 log = logging.getLogger("flwr")
@@ -40,7 +42,7 @@ log = logging.getLogger("flwr")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run one experiment under Flower."""
-    run(grid, context.run_config, str(context.run_id))
+    run(grid, context.run_config, f"{context.run_id % 2**32:08x}")
 
 
 def run_in_process(values: Mapping[str, Any], supernodes: int, run_id: str = "") -> Path:
@@ -49,7 +51,7 @@ def run_in_process(values: Mapping[str, Any], supernodes: int, run_id: str = "")
     Args:
         values: overrides of the defaults in pyproject.toml.
         supernodes: simulated clients.
-        run_id: the end of the run folder's name; drawn at random by default.
+        run_id: the end of the run folder's name; drawn at random by default. Not used by a run that goes on.
 
     Returns:
         The run folder.
@@ -66,34 +68,48 @@ def run_in_process(values: Mapping[str, Any], supernodes: int, run_id: str = "")
 
 
 def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
-    """Check the configuration, run its rounds, and leave a run folder.
+    """Check the configuration, run its rounds or those that are left, and leave a run folder.
 
     Raises:
-        ValueError: an unknown name or an impossible value, before round 1.
+        ValueError: an unknown name or an impossible value, or a run that cannot go on so; before any round.
         RuntimeError: clients were asked, and no valid reply came in any round.
     """
     experiment = Experiment.read(config)
     settings = experiment.settings
+    resumed = open_run(settings.resume, config) if settings.resume else None
+    if resumed and resumed.is_finished(settings.num_server_rounds, settings.stop_at_accuracy):
+        _show(resumed.folder)
+        return resumed.folder.path
     torch.set_num_threads(settings.torch_threads)
     load_fleet(settings.fleet)
     server, transform = _normalised(load_server(experiment.data))
     task = experiment.task(server.info.num_classes, server.info.input_shape)
-    initial = initial_arrays(task, settings.weights, settings.seed)
-    check_parts(task.factory, task.layout, initial, task.input_shape)
-    diary = _Diary(config, settings, run_id)
-    strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write)
-    in_order = settings.reply_order == "cohort"
-    streaming = StreamingGrid(grid, in_order, settings.replies_in_flight, 0.02 if in_order else 0.25)
-    with _quiet_start():
-        result = strategy.start(
-            streaming, to_record_of_arrays(initial), settings.num_server_rounds, settings.round_timeout
-        )
+    stood = resumed.checkpoint if resumed else None
+    initial = stood.arrays if stood else initial_arrays(task, settings.weights, settings.seed)
+    if stood:
+        refuse_other_network(stood, task.layout)
+    else:  # a run that goes on was checked when it began
+        check_parts(task.factory, task.layout, initial, task.input_shape)
+    diary = _Diary(config, settings, run_id, resumed)
+    transform["run"] = diary.folder.path.name
+    strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write, stood)
+    _drive(strategy, grid, initial, diary.num_rounds_left())
     diary.close()
     if strategy.asked and not strategy.accepted:
         raise RuntimeError(f"no valid reply in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
-    final = from_record_of_arrays(result.arrays) if result.arrays else initial
-    _close(diary.folder, strategy, final)
+    _finish(diary.folder, strategy)
     return diary.folder.path
+
+
+def _drive(strategy: SubmodelStrategy, grid: Grid, initial: Arrays, num_rounds: int) -> None:
+    """Run rounds until there are none left, or the strategy says that it is over."""
+    settings = strategy.settings
+    in_order = settings.reply_order == "cohort"
+    streaming = StreamingGrid(grid, in_order, settings.replies_in_flight, 0.02 if in_order else 0.25)
+    strategy.meet(streaming)
+    with _quiet_start(), suppress(RunOver):
+        if num_rounds:
+            strategy.start(streaming, to_record_of_arrays(initial), num_rounds, settings.round_timeout)
 
 
 def initial_arrays(task: Task, weights: str, seed: int) -> Arrays:
@@ -118,46 +134,73 @@ def _normalised(raw: ServerData) -> tuple[ServerData, dict[str, Any]]:
 
 
 class _Diary:
-    """Writes each finished round to the run folder, the log and TensorBoard."""
+    """Writes each finished round to the run folder, the log and TensorBoard, and then where the run stands."""
 
-    def __init__(self, config: Mapping[str, Any], settings: Settings, run_id: str):
-        self._config = config
+    def __init__(self, config: Mapping[str, Any], settings: Settings, run_id: str, resumed: Resumed | None):
+        self._config = dict(config)
         self._settings = settings
-        self._run_id = run_id
+        self._resumed = resumed
+        self.folder = resumed.folder if resumed else RunFolder.named(settings.runs_dir, settings.strategy, run_id)
+        self._begun = False
         self._last = time.monotonic()
-        self._first = 0.0
+        self._first: tuple[int, float] | None = None  # (round, when it ended)
         self.last_complaint = "see the log"
-
-    @cached_property
-    def folder(self) -> RunFolder:
-        """Made when there is something to write: a run that never begins leaves none."""
-        return RunFolder.create(self._settings.runs_dir, self._settings.strategy, self._run_id, dict(self._config))
 
     @cached_property
     def _events(self) -> EventWriter:
         return EventWriter(self.folder.path)
 
-    def write(self, line: dict[str, Any]) -> None:
-        """One round is over."""
+    def num_rounds_left(self) -> int:
+        """Rounds that are still to be run; what is behind the last checkpoint is run again."""
+        stood = self._resumed.checkpoint if self._resumed else None
+        done = stood.server_round if stood else 0
+        lines = [line for line in self._resumed.run.rounds if line["round"] <= done] if self._resumed else []
+        if is_over(lines, self._settings.num_server_rounds, self._settings.stop_at_accuracy):
+            return 0
+        return self._settings.num_server_rounds - done
+
+    def _begin(self, clients: int) -> None:
+        """Late: a run that never gets through a round leaves no folder, and one that goes on loses nothing."""
+        if self._begun:
+            return
+        self._begun = True
+        if self._resumed:
+            self._resumed.prepare(self._config, clients)
+        else:
+            self.folder.begin(self._config, clients)
+            log.info("if this run is stopped, go on with resume='%s'", self.folder.path)
+
+    def write(self, line: dict[str, Any], checkpoint: Checkpoint) -> None:
+        """One round is over. The checkpoint comes last: a kill before it makes this round run again."""
+        self._begin(checkpoint.facts["clients"])
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        # The first round is no measure of the others: it holds the start of the clients and any pre-training.
-        pace = (now - self._first) / (line["round"] - 1) if self._first else seconds
-        self._first = self._first or now
-        left = pace * (self._settings.num_server_rounds - line["round"])
         self.folder.append_round(line)
         self.folder.append_timing(line["round"], seconds)
         self._events.add(line)
+        length = (self.folder.path / "metrics.jsonl").stat().st_size
+        marked = replace(checkpoint, run=run_identity(self._config), metrics_bytes=length)
+        save_checkpoint(self.folder.path / "checkpoint", marked)
         for complaint in [*line["failed"], *line["refused"]][-1:]:
             self.last_complaint = f"client {complaint['partition']} said: {complaint['reason']}"
-        log.info(round_line(line, self._settings.num_server_rounds, seconds, left))
+        log.info(
+            round_line(line, self._settings.num_server_rounds, seconds, self._seconds_left(line["round"], seconds))
+        )
+
+    def _seconds_left(self, server_round: int, seconds: float) -> float:
+        # The first round is no measure of the others: it holds the start of the clients and any pre-training.
+        self._first = self._first or (server_round, self._last)
+        since, when = self._first
+        pace = (self._last - when) / (server_round - since) if server_round > since else seconds
+        return pace * (self._settings.num_server_rounds - server_round)
 
     def close(self) -> None:
-        """Close what is open."""
-        self._events.close()
+        """Close what is open; a run that went on with nothing left to do may have begun nothing."""
+        if self._begun:
+            self._events.close()
 
 
-def _close(folder: RunFolder, strategy: SubmodelStrategy, final: Arrays) -> None:
+def _finish(folder: RunFolder, strategy: SubmodelStrategy) -> None:
     """Model, summary, picture; then the table."""
     settings, layout = strategy.settings, strategy.task.layout
     top = list(strategy.levels().values())[-1]
@@ -172,9 +215,14 @@ def _close(folder: RunFolder, strategy: SubmodelStrategy, final: Arrays) -> None
         "headline-levels": list(strategy.headline()),
         **strategy.facts(),
     }
-    summary = folder.finish(strategy.final_model(final), facts)
+    folder.finish(strategy.final_model(strategy.arrays), facts)
+    _show(folder)
+
+
+def _show(folder: RunFolder) -> None:
+    """The table at the end of a run."""
     done = load_run(folder.path)
-    log.info("%s", final_table(summary, done.rounds, find_comparable(done), folder.path))
+    log.info("%s", final_table(dict(done.summary or {}), done.rounds, find_comparable(done), folder.path))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides
+from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides, with_resumed
 
 if TYPE_CHECKING:
     from flexfed.compare import Comparison
@@ -57,8 +58,8 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
         if in_process and cpus is not None:
             raise ValueError("--cpus has no effect with --in-process, which trains one client after the other")
         known = defaults(app_dir)
-        values = parse_overrides(texts, known)
-        devices = supernodes or head_supernodes(texts) or SUPERNODES
+        values = with_resumed(parse_overrides(texts, known))
+        devices = supernodes or head_supernodes([*texts, *_resumed_config(values)]) or SUPERNODES
         # Before torch is imported: another number of threads changes the bits.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         check_configuration({**known, **values})
@@ -67,6 +68,11 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
         from flexfed.launch import run_simulation
 
         raise typer.Exit(run_simulation(app_dir, texts, devices, cpus))
+
+
+def _resumed_config(values: Mapping[str, Scalar]) -> list[str]:
+    """config.toml of the run that goes on: its head says how many devices it had."""
+    return [str(Path(str(values["resume"])) / "config.toml")] if values.get("resume") else []
 
 
 def check_configuration(values: Mapping[str, Scalar]) -> None:
@@ -210,7 +216,7 @@ def _portable(target: str) -> str:
 
 
 def _num_cpus() -> int:
-    from flexfed.launch import num_cpus
+    from flexfed.measure import num_cpus
 
     return num_cpus()
 
@@ -258,6 +264,38 @@ def _describe(folder: Path) -> tuple[str, ...]:
         percent(found.summary["final"].get("accuracy")) if found.summary else reached,
         str(folder),
     )
+
+
+@app.command()
+def profile(
+    partition_id: Annotated[int, typer.Option(min=0, help="This device's share of the data.")] = 0,
+    num_partitions: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
+    kind: Annotated[str | None, typer.Option(help="Name of its class; default: the board's or the CPU's.")] = None,
+    link_bytes_s: Annotated[float | None, typer.Option(help="Bytes a second to and from the server.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch: the run's torch-threads.")] = 1,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="See which widths of this network fit.")] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Of that network.")] = 10,
+    input_size: Annotated[str, typer.Option("--input", help="One sample of its inputs.")] = "3x32x32",
+    batch_size: Annotated[int, typer.Option(min=2, help="Of its training.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure this device: memory free for training, speed; prints the node-config of its SuperNode."""
+    with _errors():
+        from flexfed.measure import check_declared, measure_device
+        from flexfed.models import check_model
+        from flexfed.profile import fitting_widths, parse_shape, to_json, to_text
+
+        shape = parse_shape(input_size)
+        check_declared(partition_id, num_partitions, kind, link_bytes_s)
+        if model:
+            check_model(model, classes, shape)
+        measured = measure_device(threads=threads)
+        fitting = fitting_widths(model, classes, shape, batch_size, measured.memory_bytes) if model else None
+        node_config = measured.node_config(partition_id, num_partitions, kind, link_bytes_s)
+        if as_json:
+            typer.echo(json.dumps(to_json(measured, node_config, fitting), indent=2))
+        else:
+            typer.echo(to_text(measured, node_config, link_bytes_s is not None, fitting))
 
 
 @contextmanager

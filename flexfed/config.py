@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 BATCH_NORM = ("static", "batch")
 REPLY_ORDER = ("cohort", "arrival")
-RATIO_POLICIES = ("level",)
+RATIO_POLICIES = ("level", "budget")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,17 @@ class Settings:
         fraction_train: share of the devices in a round's cohort.
         fraction_evaluate: share of the devices that test their level on their own validation split.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
-        ratio_policy: how much of the model a device gets; 'level' = by its nominal capacity.
+        ratio_policy: how much of the model a device gets: the method's own 'level' that it holds, or the most that
+            its 'budget' allows, in steps of 1/64.
+        round_deadline: modelled seconds that a device may take for a round, transfers included; 0 = any.
         batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
         reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival' (real fleets).
         replies_in_flight: messages sent and not yet folded, at most.
         round_timeout: seconds after which a round closes without the replies that are missing.
+        stop_at_accuracy: the run ends after the first round whose `accuracy` is this or more; 0 = never.
         runs_dir: where run folders go; absolute or beginning with '~'.
+        state_dir: where clients keep private state; '' = in the run folder. A node-config's own wins.
+        resume: run folder to go on with, from its last checkpoint; '' = begin a new run.
         torch_threads: threads of torch on the server and on every client.
     """
 
@@ -50,12 +55,16 @@ class Settings:
     fraction_evaluate: float = 0.5
     evaluate_every: int = 1
     ratio_policy: str = "level"
+    round_deadline: float = 0.0
     batch_norm: str = "static"
     reply_order: str = "cohort"
     replies_in_flight: int = 64
     round_timeout: float = 3600.0
+    stop_at_accuracy: float = 0.0
     seed: int = 1
     runs_dir: str = "~/.flexfed/runs"
+    state_dir: str = ""
+    resume: str = ""
     torch_threads: int = 1
 
     def __post_init__(self) -> None:
@@ -74,7 +83,14 @@ class Settings:
             raise ValueError(f"round-timeout must be > 0 seconds, got {self.round_timeout}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
+        if not (math.isfinite(self.round_deadline) and self.round_deadline >= 0):
+            raise ValueError(f"round-deadline must be >= 0 modelled seconds, 0 = none, got {self.round_deadline}")
+        if not 0 <= self.stop_at_accuracy <= 1:
+            raise ValueError(f"stop-at-accuracy must be a fraction in [0, 1], got {self.stop_at_accuracy}")
         absolute_path("runs-dir", self.runs_dir)
+        for key in ("state_dir", "resume"):
+            if getattr(self, key):
+                absolute_path(key.replace("_", "-"), getattr(self, key))
         if "/" in self.weights:  # else it is a name
             absolute_path("weights", self.weights)
 

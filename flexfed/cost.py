@@ -1,22 +1,32 @@
-"""What a submodel costs: parameters, bytes, multiply-accumulates, modelled seconds and joules."""
+"""What a submodel costs: parameters, bytes, multiply-accumulates, training memory, modelled seconds and joules."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flexfed.devices import Device
 from flexfed.networks import Factory, build_on_meta
 from flexfed.submodel import Submodel, narrow_shapes, resize
-from flexfed.training import use_batch_statistics
+from flexfed.training import Training, _optimizer, samples_trained, use_batch_statistics
 from flexfed.units import Layout
 
 BYTES_PER_NUMBER = 4
 BACKWARD_FACTOR = 2  # a backward pass multiplies twice as much as the forward pass: by weights and by activations
+
+BUDGET_FACTOR = 1.65
+BUDGET_BYTES = 28_000_000
+
+_Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def num_parameters(layout: Layout, submodel: Submodel) -> int:
@@ -24,28 +34,120 @@ def num_parameters(layout: Layout, submodel: Submodel) -> int:
     return sum(math.prod(shape) for shape in narrow_shapes(layout, submodel).values())
 
 
+def message_bytes(layout: Layout, submodel: Submodel) -> int:
+    """Bytes of a part on the wire, one way."""
+    return BYTES_PER_NUMBER * num_parameters(layout, submodel)
+
+
 def forward_macs(factory: Factory, layout: Layout, submodel: Submodel, input_shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of one sample's forward pass, counted by torch on `meta` (it counts two FLOPs for each).
 
     Convolutions and matrix products count; norms, activations and pooling do not, as is usual.
     """
-    shapes = narrow_shapes(layout, submodel)
-    return _forward_macs(factory, tuple(shapes.items()), input_shape)
+    return _forward_macs(factory, tuple(narrow_shapes(layout, submodel).items()), input_shape)
 
 
 @lru_cache(maxsize=256)
-def _forward_macs(
-    factory: Factory, shapes: tuple[tuple[str, tuple[int, ...]], ...], input_shape: tuple[int, ...]
-) -> int:
-    model = use_batch_statistics(resize(build_on_meta(factory), dict(shapes))).train()
+def _forward_macs(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...]) -> int:
+    model = _network_on_meta(factory, shapes)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, *input_shape, device="meta"))
     return int(counter.get_total_flops()) // 4  # two samples, two FLOPs a MAC
 
 
+def _network_on_meta(factory: Factory, shapes: _Shapes) -> torch.nn.Module:
+    return use_batch_statistics(resize(build_on_meta(factory), dict(shapes))).train()
+
+
 def training_macs(forward: int, num_samples: int) -> int:
     """Multiply-accumulates of training on `num_samples`: forward and backward."""
     return (1 + BACKWARD_FACTOR) * forward * num_samples
+
+
+def round_macs(forward: int, num_examples: int, training: Training) -> int:
+    """Multiply-accumulates of a device's local training: all the batches that `fit` runs, forward and backward."""
+    return training_macs(forward, samples_trained(num_examples, training))
+
+
+def training_memory(
+    factory: Factory, layout: Layout, submodel: Submodel, input_shape: tuple[int, ...], training: Training
+) -> int:
+    """Bytes of all tensors alive at the worst moment of training a part.
+
+    A training step is replayed on `meta`, where tensors have sizes but no memory, and every storage is followed
+    from the operation that makes it to its end. Counted, each storage once: weights, gradients and the optimiser's
+    state (frozen parameters have neither), one batch, what the forward pass keeps for the backward pass, and
+    the temporary results of either and of the optimiser. Not counted: what a kernel uses inside itself, what the
+    allocator wastes, Python and torch themselves, the data, the part as it was received, and what a method adds
+    to plain cross-entropy; the first four are what `memory_budget` adds.
+
+    Args:
+        factory: builds the full network.
+        layout: the network's numbering.
+        submodel: the part.
+        input_shape: of one sample.
+        training: its batch size and optimiser count.
+    """
+    return _training_memory(factory, tuple(narrow_shapes(layout, submodel).items()), input_shape, training)
+
+
+@lru_cache(maxsize=256)
+def _training_memory(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...], training: Training) -> int:
+    model = _network_on_meta(factory, shapes)
+    optimizer = _optimizer(model, training, training.learning_rate)
+    with _Storages() as storages:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            storages.follow(tensor)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes its state, which later steps find there
+        optimizer.zero_grad(set_to_none=True)
+        inputs = torch.empty(training.batch_size, *input_shape, device="meta")
+        labels = torch.empty(training.batch_size, dtype=torch.int64, device="meta")
+        loss = functional.cross_entropy(model(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    peak: int = storages.peak_bytes
+    return peak
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages alive, and their highest sum so far: of the tensors shown to it, and of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+        self.peak_bytes = 0
+        self._alive: set[int] = set()
+
+    def follow(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage from now until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._alive:
+            self._alive.add(storage._cdata)
+            self.bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.bytes)
+            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes()).atexit = False
+
+    def _freed(self, key: int, num_bytes: int) -> None:
+        self._alive.remove(key)
+        self.bytes -= num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self.follow(result)
+        return results
+
+
+def memory_budget(training_memory: int) -> int:
+    """Bytes that must be free on a device to train a part it has received, over what its process holds already.
+
+    Args:
+        training_memory: of the part, from the function of that name.
+    """
+    return math.ceil(BUDGET_FACTOR * training_memory) + BUDGET_BYTES
 
 
 def modelled_seconds(device: Device, macs: int, num_bytes: int) -> float:

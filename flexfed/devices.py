@@ -82,7 +82,13 @@ class Device:
         if not self.availability:
             return self
         rng = np.random.default_rng([seed, server_round, self.partition, 2])
-        share = float(rng.choice(self.availability))
+        return self._with(float(rng.choice(self.availability)))
+
+    def states(self) -> tuple[Device, ...]:
+        """The device as it may be in a round."""
+        return tuple(self._with(share) for share in self.availability) or (self,)
+
+    def _with(self, share: float) -> Device:
         return replace(
             self,
             capacity=share * self.capacity,
@@ -185,10 +191,16 @@ _SPREADS = {"capacity": "capacity_spread", "memory_bytes": "memory_spread_bytes"
 
 
 def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
-    """The device as its SuperNode's node-config declares it: keys there win over the fleet's."""
+    """The device as its SuperNode's node-config declares it: keys there win over the fleet's.
+
+    One that tells its memory is no simulated device: what it holds follows from that, and from its own `capacity`
+    if it tells one, not from the fleet's share and its swings.
+    """
     names = {f.name for f in fields(Device)} - {"partition", "availability", "num_examples", "labels"}
     told: dict[str, Any] = {name: node_config[_key(name)] for name in names if _key(name) in node_config}
     values = {name: _declared_value(device.partition, name, value) for name, value in told.items()}
+    if "memory_bytes" in told:
+        values = {"capacity": 1.0, "capacity_spread": 0.0, "availability": (), **values}
     for name in _SPREADS.keys() & told.keys():  # what a device says of itself is not blurred by noise
         values.setdefault(_SPREADS[name], 0.0)
     return replace(device, **values)

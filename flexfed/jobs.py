@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from flexfed.batchnorm import Statistics, apply_statistics
-from flexfed.cost import forward_macs, training_macs
+from flexfed.cost import forward_macs, memory_budget, training_macs, training_memory
 from flexfed.devices import Device
+from flexfed.measure import free_memory
 from flexfed.networks import Factory
 from flexfed.submodel import Submodel, flatten, narrow, relative_positions, take, unflatten
 from flexfed.training import (
@@ -43,6 +44,7 @@ class Job:
         config: what this method's client needs besides.
         seed: of this client and round; every draw on the client comes from it.
         server_round: counted from 1.
+        state: what this client kept for itself after an earlier round; it never travels.
     """
 
     submodel: Submodel
@@ -51,6 +53,7 @@ class Job:
     config: Mapping[str, Scalar]
     seed: int
     server_round: int
+    state: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,14 @@ class Update:
         difference: float32, flat in wire order: trained part minus received part.
         weight: its weight in the mean where the method weighs by examples.
         metrics: numbers for the record of the round, among them "macs" and "train-loss".
+        state: what the client keeps for itself until its next job; it never travels. Empty = nothing new.
     """
 
     submodel: Submodel
     difference: np.ndarray
     weight: float
     metrics: Mapping[str, float]
+    state: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,10 @@ class Task:
         """Multiply-accumulates of one sample's forward pass through a part."""
         return forward_macs(self.factory, self.layout, submodel, self.input_shape)
 
+    def memory_to_train(self, submodel: Submodel) -> int:
+        """Bytes that must be free to train a part that has been received."""
+        return memory_budget(training_memory(self.factory, self.layout, submodel, self.input_shape, self.training))
+
     def network(self, arrays: Arrays) -> torch.nn.Module:
         """A narrow network for training: batch norm uses the statistics of the batch."""
         return use_batch_statistics(narrow(self.factory, arrays))
@@ -109,6 +118,28 @@ class Trained(NamedTuple):
 
 LocalUpdate = Callable[[Job, Task, "ClientData"], Update]
 """A method's work on the client."""
+
+
+def free_memory_of(job: Job) -> float:
+    """Bytes free for training at this moment: measured on a real device, drawn for a simulated one."""
+    if job.device.measure_memory:
+        return float(free_memory())
+    return job.device.memory_now(np.random.default_rng([job.seed, 2]))
+
+
+def require_memory(job: Job, task: Task) -> None:
+    """Refuse, on a real device, what would not fit into the memory that is free: the system would kill the client.
+
+    Raises:
+        RuntimeError: says what the part needs, and what there is.
+    """
+    if not job.device.measure_memory:
+        return
+    needed, free = task.memory_to_train(job.submodel), free_memory_of(job)
+    if needed > free:
+        raise RuntimeError(
+            f"out of memory: the part needs {needed / 1e6:.0f} MB to train, {free / 1e6:.0f} MB are free"
+        )
 
 
 def train_network(
@@ -145,7 +176,9 @@ def make_update(
         macs: multiply-accumulates beside training the network itself (distillation teachers).
         reported: the part of `received` that is sent back; all of it by default.
     """
-    difference = flatten(task.layout, received, trained.arrays) - flatten(task.layout, received, arrays)
+    difference = flatten(task.layout, received, trained.arrays)
+    for name, values in unflatten(task.layout, received, difference).items():
+        values -= arrays[name]  # in place: a device has no room for a third copy of the part
     metrics = {
         "train-loss": trained.loss,
         "macs": float(training_macs(task.macs(received), trained.num_samples) + macs),

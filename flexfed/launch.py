@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexfed.overrides import Scalar, defaults, parse_overrides
+from flexfed.measure import num_cpus
+from flexfed.overrides import Scalar, defaults, parse_overrides, with_resumed
 from flexfed.processes import ignore_interrupts, signals_as_interrupt, stop_processes
 
 Echo = Callable[[str], None]
@@ -110,7 +111,7 @@ def run_simulation(
         ValueError: the configuration cannot be read.
         LaunchError: there is no `flwr` to run.
     """
-    values = parse_overrides(overrides, defaults(app_dir))
+    values = with_resumed(parse_overrides(overrides, defaults(app_dir)))
     with signals_as_interrupt(), private_flower(bin_dir or Path(sys.executable).parent) as flower:
         run_id = None
         try:
@@ -173,11 +174,6 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def num_cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- the steps of a run -------------------------------------------------------------------------------------

@@ -108,6 +108,17 @@ def parse_overrides(texts: Iterable[str], known: Mapping[str, Scalar], folder: P
     return values
 
 
+def with_resumed(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """The overrides and, below them, the configuration of the run that they resume; nothing changes without one.
+
+    Raises:
+        ValueError: `resume` names no run folder.
+    """
+    if not values.get("resume"):
+        return dict(values)
+    return {**flatten(read_toml(Path(str(values["resume"])).expanduser() / "config.toml")), **values}
+
+
 def _is_file(text: str) -> bool:
     return text.strip().endswith(".toml") and "=" not in text
 
@@ -217,7 +228,7 @@ def resolve_paths(values: Mapping[str, Scalar], folder: Path) -> dict[str, Scala
     """Values with relative paths made absolute, from `folder` on.
 
     The server's working directory is not the user's, so a relative path would mean another place there.
-    Paths are: every "*-dir"; `fleet` and `weights` where they look like a file; any text that starts with
+    Paths are: every "*-dir"; `resume`; `fleet` and `weights` where they look like a file; any text that starts with
     "./" or "../", such as `dataset="./photos"`.
     """
     return {key: _resolve(key, value, folder) for key, value in values.items()}
@@ -227,5 +238,7 @@ def _resolve(key: str, value: Scalar, folder: Path) -> Scalar:
     if not isinstance(value, str) or not value or value.startswith("~"):
         return value
     is_file = key in ("fleet", "weights") and ("/" in value or value.endswith((".toml", ".safetensors")))
-    is_path = is_file or key.endswith("-dir") or value in (".", "..") or value.startswith(("./", "../"))
+    is_path = (
+        is_file or key == "resume" or key.endswith("-dir") or value in (".", "..") or value.startswith(("./", "../"))
+    )
     return str((folder / value).resolve()) if is_path else value

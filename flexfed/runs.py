@@ -56,40 +56,73 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(
-        cls,
-        runs_dir: str | Path,
-        strategy: str,
-        run_id: int | str,
-        config: Mapping[str, Scalar],
-        now: datetime | None = None,
-    ) -> RunFolder:
-        """Make `<runs-dir>/<YYYYmmdd-HHMMSS>-<strategy>-<run id>/` and write config.toml into it.
+    def named(cls, runs_dir: str | Path, strategy: str, run_id: int | str, now: datetime | None = None) -> RunFolder:
+        """The folder `<runs-dir>/<YYYYmmdd-HHMMSS>-<strategy>-<run id>/`; nothing is made yet.
 
         Args:
-            runs_dir: absolute, or starting with "~"; made when missing.
+            runs_dir: absolute, or starting with "~".
             strategy: name of the method.
             run_id: told apart from other runs of the same second by it.
-            config: the resolved configuration, flat dotted keys, seed included.
             now: time in the name; default is the current local time.
 
         Raises:
             ValueError: `runs_dir` is relative.
-            FileExistsError: there is such a folder already.
         """
-        import tomli_w
-
         root = Path(runs_dir).expanduser()
         if not root.is_absolute():
             raise ValueError(
                 f"runs-dir must be absolute or start with ~, got {str(runs_dir)!r}: the server's working "
                 "directory is not yours (`flexfed run` resolves relative paths, `flwr run` cannot)"
             )
-        text = tomli_w.dumps(nest(config))
-        folder = root / f"{now or datetime.now():%Y%m%d-%H%M%S}-{strategy}-{run_id}"
-        folder.mkdir(parents=True)
-        write_atomic(folder / "config.toml", text.encode())
-        return cls(folder)
+        return cls(root / f"{now or datetime.now():%Y%m%d-%H%M%S}-{strategy}-{run_id}")
+
+    def begin(self, config: Mapping[str, Scalar], clients: int = 0) -> None:
+        """Make the folder and write its configuration; clients may have put their private state there already.
+
+        Args:
+            config: resolved, flat dotted keys, seed included.
+            clients: how many there are, noted at the head of the file; 0 = not known.
+
+        Raises:
+            FileExistsError: there is such a run already.
+        """
+        if (self.path / "config.toml").exists():
+            raise FileExistsError(f"there is a run in {self.path} already")
+        self.write_config(config, clients)
+
+    def write_config(self, config: Mapping[str, Scalar], clients: int = 0) -> None:
+        """Write config.toml, and resume.toml: the same and `resume`, for `flwr run . -c <folder>/resume.toml`."""
+        import tomli_w
+
+        head = f"# supernodes = {clients}\n" if clients else ""
+        own = {key: "" if key == "resume" else value for key, value in config.items()}
+        texts = {
+            name: head + tomli_w.dumps(nest(table))
+            for name, table in (
+                ("resume.toml", {**own, "resume": str(self.path)}),
+                ("config.toml", own),  # last: it makes the folder a run's
+            )
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomic(self.path / name, text.encode())
+
+    def cut(self, server_round: int, metrics_bytes: int) -> None:
+        """Take back what a killed server wrote after its last checkpoint.
+
+        Raises:
+            ValueError: metrics.jsonl is shorter than the checkpoint says.
+        """
+        metrics = self.path / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size < metrics_bytes:
+            raise ValueError(f"{metrics} has {size} bytes, {metrics_bytes} at round {server_round}: lines are lost")
+        if metrics.exists():
+            os.truncate(metrics, metrics_bytes)
+        timing = [line for line in _read_lines(self.path / "timing.jsonl") if line.get("round", 0) <= server_round]
+        text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in timing)
+        write_atomic(self.path / "timing.jsonl", text.encode())
+        (self.path / "summary.json").unlink(missing_ok=True)
 
     def append_round(self, metrics: Metrics) -> None:
         """Add one round's line to metrics.jsonl: sorted keys, NaN and infinity as null.
@@ -160,6 +193,7 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
+        os.fsync(file.fileno())  # a checkpoint says how long the file is, and must not outlive the line
 
 
 def _plain(value: Any) -> Any:

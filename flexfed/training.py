@@ -145,7 +145,15 @@ def fit(
             loss_sum += float(value.detach()) * len(batch.labels)
             in_epoch += len(batch.labels)
         seen += in_epoch
+    optimizer.zero_grad(set_to_none=True)  # gradients are as large as the network
     return FitResult(loss_sum / in_epoch, seen)
+
+
+def samples_trained(num_examples: int, training: Training) -> int:
+    """Samples that `fit` trains on in all, given so many examples."""
+    rest = num_examples % training.batch_size
+    left_out = rest if num_examples > rest and (training.drop_last or rest == 1) else 0
+    return training.local_epochs * (num_examples - left_out)
 
 
 def _optimizer(model: nn.Module, training: Training, learning_rate: float) -> torch.optim.Optimizer:

@@ -13,8 +13,10 @@ from flwr.serverapp.strategy import Strategy
 
 from flexfed.averaging import Averager
 from flexfed.batchnorm import Statistics, collect_sums, statistics
+from flexfed.budget import Budget
+from flexfed.checkpoint import Checkpoint, State
 from flexfed.config import Experiment
-from flexfed.cost import num_parameters, shares
+from flexfed.cost import num_parameters
 from flexfed.data import ServerData
 from flexfed.devices import Device
 from flexfed.flower.federation import Federation
@@ -29,13 +31,18 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
 )
 from flexfed.jobs import Assignment, Scalar, Task, Update, evaluate_part
-from flexfed.submodel import Submodel, extract, flatten, full, within
+from flexfed.resume import reached
+from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.training import Evaluation, batches
 from flexfed.units import Arrays
 from strategies.record import RoundRecord
 
 log = logging.getLogger("flwr")
 STATISTICS_BATCH = 128
+
+
+class RunOver(Exception):
+    """The rounds end early: the accuracy asked for is reached."""
 
 
 class SubmodelStrategy(Strategy):
@@ -48,8 +55,9 @@ class SubmodelStrategy(Strategy):
         experiment: the run's configuration.
         task: the network and how it is trained.
         server: the proxy and test splits, normalised.
-        transform: values every job carries so that clients normalise as the server does.
-        on_round: called with the finished line of every round.
+        transform: values every job carries: how to normalise as the server does, and the name of the run.
+        on_round: called after every round with its line and with all that is needed to go on from there.
+        resumed: where the run stood when it was left; its next round is the first one here.
     """
 
     per: Literal["coverage", "total"] = "coverage"
@@ -60,7 +68,8 @@ class SubmodelStrategy(Strategy):
         task: Task,
         server: ServerData,
         transform: Mapping[str, Scalar] | None = None,
-        on_round: Callable[[dict[str, Any]], None] | None = None,
+        on_round: Callable[[dict[str, Any], Checkpoint], None] | None = None,
+        resumed: Checkpoint | None = None,
     ):
         self.experiment = experiment
         self.settings = experiment.settings
@@ -68,12 +77,18 @@ class SubmodelStrategy(Strategy):
         self.server = server
         self.transform = dict(transform or {})
         self.on_round = on_round
+        self.budget = Budget(task, self.settings.round_deadline, self.macs_beside)
         self.federation = Federation(task)
         self.record = RoundRecord(0)
         self.asked = self.accepted = 0  # jobs and valid replies of the whole run
         self._assigned: Mapping[int, Assignment] = {}
         self._sent_beside: dict[int, int] = {}  # partition -> bytes of the last query or test sent to it
         self._statistics: Mapping[str, Statistics | None] = {}
+        self._resumed = resumed
+        self._offset = 0  # Flower's `start` counts from 1 again
+        if resumed is not None:
+            self._arrays, self._statistics, self._offset = resumed.arrays, resumed.statistics, resumed.server_round
+            self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
 
     # What a method says -------------------------------------------------------------------------------------
 
@@ -91,9 +106,14 @@ class SubmodelStrategy(Strategy):
     def assign(
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
     ) -> Mapping[int, Assignment]:
-        """Who trains what: all devices in, the cohort out. Here a uniform cohort, each with `part_of`'s answer."""
-        cohort = sorted(rng.permutation(sorted(devices))[: self.cohort_size(len(devices))].tolist())
+        """Who trains what: all devices in, the cohort out. Here a uniform cohort of those that `can_train`."""
+        able = sorted(partition for partition, device in devices.items() if self.can_train(device))
+        cohort = sorted(rng.permutation(able)[: self.cohort_size(len(devices))].tolist())
         return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
+
+    def can_train(self, device: Device) -> bool:
+        """Whether a device may be in a cohort."""
+        return True
 
     def part_of(self, device: Device, server_round: int) -> Assignment:
         """What a device of the cohort trains."""
@@ -107,11 +127,15 @@ class SubmodelStrategy(Strategy):
         """Name of the level that a reply holds; here what was sent."""
         return assignment.level
 
+    def macs_beside(self, submodel: Submodel) -> int:
+        """Multiply-accumulates a sample beside training a part itself, for the round's deadline."""
+        return 0
+
     def level_for_evaluation(self, device: Device) -> str | None:
         """The evaluated level that a device tests: the largest it can hold nominally; None if it holds none."""
-        sizes = shares(self.task.layout, self.levels())
-        fitting = [name for name, size in sizes.items() if size <= device.capacity + 1e-9]
-        return max(fitting, key=sizes.__getitem__) if fitting else None
+        levels = self.levels()
+        fitting = [name for name, level in levels.items() if self.budget.holds(device, level)]
+        return max(fitting, key=lambda name: self.budget.share(levels[name]), default=None)
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Learn from an accepted reply (bandits, votes, masks)."""
@@ -125,6 +149,13 @@ class SubmodelStrategy(Strategy):
         if self.settings.batch_norm == "batch":
             return dict.fromkeys(self.levels())
         return {name: self._proxy_statistics(level, arrays) for name, level in self.levels().items()}
+
+    def state_dict(self) -> State:
+        """What a method has learned beside the model: arrays, and values that JSON holds exactly."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Undo `state_dict`; takes the place of `prepare` when a run goes on."""
 
     def facts(self) -> dict[str, Any]:
         """What a method wants to leave in summary.json besides."""
@@ -153,16 +184,66 @@ class SubmodelStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
         """Assign parts now; extract each distinct one once and make the messages one by one, as they are sent."""
+        server_round += self._offset
         self._arrays = from_record_of_arrays(arrays)
         self.record = RoundRecord(server_round)
-        if not self.federation.devices:
-            self.federation.meet(grid, self.settings.round_timeout)
-            self.prepare()
+        self.meet(grid)
         rng = np.random.default_rng([self.settings.seed, server_round])
-        self._assigned = dict(sorted(self.assign(server_round, self.federation.devices, rng).items()))
+        devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
+        self._assigned = dict(sorted(self.assign(server_round, devices, rng).items()))
         self.asked += len(self._assigned)
         self.record.dispatched = {p: a.level for p, a in self._assigned.items()}
         return self._jobs(server_round)
+
+    def meet(self, grid: Grid) -> None:
+        """Get to know the devices, once; then prepare, or take up what a run that goes on had prepared.
+
+        Raises:
+            ValueError: the run had another number of clients when it was left.
+        """
+        if self.federation.devices:
+            return
+        self.federation.meet(grid, self.settings.round_timeout)
+        self._prepare_or_go_on()
+        left_out = [p for p, device in self.federation.devices.items() if not self.can_train(device)]
+        if left_out:
+            log.info(
+                "%s of %s devices cannot train: partitions %s", len(left_out), len(self.federation.devices), left_out
+            )
+
+    def _prepare_or_go_on(self) -> None:
+        if self._resumed is None:
+            self.prepare()
+            return
+        before, now = self._resumed.facts["clients"], self.federation.num_partitions
+        if before != now:
+            raise ValueError(
+                f"the run had {before} clients, now there are {now}; their data would be others: give it {before}"
+            )
+        self.load_state_dict(self._resumed.state)
+
+    def checkpoint(self, server_round: int) -> Checkpoint:
+        """All that is needed to go on after a round."""
+        return Checkpoint(
+            server_round,
+            self._arrays,
+            {name: pack(level) for name, level in self.levels().items()},
+            self._statistics,
+            self.state_dict(),
+            {
+                "strategy": self.settings.strategy,
+                "model": self.settings.model,
+                "clients": self.federation.num_partitions,
+                "asked": self.asked,
+                "accepted": self.accepted,
+                **self.transform,
+            },
+        )
+
+    @property
+    def arrays(self) -> Arrays:
+        """The global model."""
+        return self._arrays
 
     def _jobs(self, server_round: int) -> Iterator[Message]:
         parts: dict[bytes, Array] = {}
@@ -189,6 +270,7 @@ class SubmodelStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold replies one at a time; those that fail or do not validate count as never sampled."""
+        server_round += self._offset
         averager = Averager(self.task.layout, self._arrays, self.per)
         for reply in replies:
             partition = self.federation.partition_of(reply)
@@ -234,6 +316,7 @@ class SubmodelStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Test every level on the server, then ask devices to test theirs on their own validation split."""
+        server_round += self._offset
         last = server_round == self.settings.num_server_rounds
         if server_round % self.settings.evaluate_every and not last:
             return []
@@ -293,7 +376,12 @@ class SubmodelStrategy(Strategy):
         return model
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Collect the clients' own tests and close the round's record."""
+        """Collect the clients' own tests and close the round's record.
+
+        Raises:
+            RunOver: the model is as good as `stop-at-accuracy` asks for.
+        """
+        server_round += self._offset
         testers, levels = self.testers(), self.levels()
         for reply in replies:
             partition = self.federation.partition_of(reply)
@@ -305,8 +393,11 @@ class SubmodelStrategy(Strategy):
                 self.record.count_beside("test", self.federation.devices[partition], macs, travelled)
             except ValueError as cause:
                 self._note(self.record.failed, partition, str(cause))
+        line = self.record.line()
         if self.on_round is not None:
-            self.on_round(self.record.line())
+            self.on_round(line, self.checkpoint(server_round))
+        if reached(line, self.settings.stop_at_accuracy):
+            raise RunOver
         return None
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
+from functools import cached_property
 
 from flexfed.devices import Device
 from flexfed.jobs import Assignment
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel
+from flexfed.submodel import Submodel, full
 from strategies.base import SubmodelStrategy
 
 
@@ -26,7 +24,24 @@ class Small(FedAvg):
 
     def levels(self) -> dict[str, Submodel]:
         """The small model only: nothing larger was trained."""
-        return {"small": prefix_ratio(self.task.layout, self.task.method.ratio)}
+        return {"small": prefix_ratio(self.task.layout, self._ratio)}
+
+    @cached_property
+    def _ratio(self) -> float:
+        """The one of the configuration; under a budget the largest that every device holds that holds any."""
+        if self.settings.ratio_policy == "level":
+            return float(self.task.method.ratio)
+        largest = [ratio for ratio in map(self._largest, self.federation.devices.values()) if ratio is not None]
+        if not largest:
+            raise ValueError("no device can train even the smallest part; see memory-bytes and round-deadline")
+        return min(largest)
+
+    def _largest(self, device: Device) -> float | None:
+        return self.budget.largest(device, lambda ratio: prefix_ratio(self.task.layout, ratio))
+
+    def can_train(self, device: Device) -> bool:
+        """Under a budget, whether the device holds the small model."""
+        return self.settings.ratio_policy == "level" or self.budget.holds(device, self.levels()["small"])
 
     def part_of(self, device: Device, server_round: int) -> Assignment:
         """The small model."""
@@ -34,12 +49,8 @@ class Small(FedAvg):
 
 
 class Exclusive(SubmodelStrategy):
-    """FedAvg among the devices whose nominal capacity holds the whole model; a round may be empty."""
+    """FedAvg among the devices that nominally hold the whole model; a round may be empty."""
 
-    def assign(
-        self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
-    ) -> Mapping[int, Assignment]:
-        """A cohort of the usual size, or as many as there are, from the devices that can."""
-        able = sorted(partition for partition, device in devices.items() if device.capacity >= 1)
-        cohort = sorted(rng.permutation(able)[: self.cohort_size(len(devices))].tolist())
-        return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
+    def can_train(self, device: Device) -> bool:
+        """Whether the device holds everything."""
+        return self.budget.holds(device, full(self.task.layout))

@@ -15,11 +15,12 @@ class FedRolex(HeteroFL):
         """The full network."""
         return {"full": full(self.task.layout)}
 
-    def submodel(self, level: int, server_round: int) -> Submodel:
+    def part_at(self, ratio: float, server_round: int) -> Submodel:
         """This round's window."""
-        method = self.task.method
-        return rolling(self.task.layout, method.ratios[level], server_round, method.direction)
+        return rolling(self.task.layout, ratio, server_round, self.task.method.direction)
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """Devices whose level is the full network test it; no smaller model exists."""
+        """Devices that train the full network test it; no smaller model exists."""
+        if self.settings.ratio_policy != "level":
+            return "full" if self.budget.holds(device, full(self.task.layout)) else None
         return "full" if self.task.method.ratios[self.level_of(device)] == 1 else None

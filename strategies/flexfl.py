@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from flexfed.checkpoint import State
 from flexfed.cost import num_parameters, shares
 from flexfed.devices import Device
 from flexfed.importance import runs_inside
@@ -22,32 +24,44 @@ from flexfed.methods.flexfl import (
     keep_scores,
     largest_first,
     redraw,
+    sized_ratios,
+    teacher_levels,
 )
 from flexfed.methods.flexfl_pretraining import measure_scores
 from flexfed.select import RatioGroup, prefix, ratio_groups, ratio_widths
-from flexfed.submodel import Submodel, pack
-from strategies.base import SubmodelStrategy
+from flexfed.submodel import Submodel, pack, within
+from strategies.widths import WidthStrategy
 
 log = logging.getLogger("flwr")
 
 
-class FlexFL(SubmodelStrategy):
+class FlexFL(WidthStrategy):
     """Five nested levels; the device shrinks what it was sent; see `flexfed.methods.flexfl`."""
 
     _pool: dict[str, Submodel]
     _apoz: tuple[float, ...]
+    _scores: np.ndarray
+    _parts: dict[float, Submodel]  # by ratio, under a budget
 
     def prepare(self) -> None:
         """Pre-train on proxy data for the APoZ scores (unless they are given), then cut the pool, once."""
-        layout, method = self.task.layout, self.task.method
-        groups = ratio_groups(layout, self.task.factory())
-        apoz = given_scores(method.scores, groups) or measure_scores(self.task, self.server, self.settings.seed)
-        scores = keep_scores(apoz, self._group_parameters(groups))
-        pool = build_pool(scores, lambda r: self._share(groups, r), method, [g.name for g in groups])
-        self._pool = {
-            name: prefix(layout, ratio_widths(layout, groups, ratios.tolist()))
-            for name, ratios in zip(LEVELS, pool, strict=True)
-        }
+        given = given_scores(self.task.method.scores, self._groups)
+        self._cut_pool(given or measure_scores(self.task, self.server, self.settings.seed))
+
+    def state_dict(self) -> State:
+        """The scores; the pool follows from them."""
+        return {"apoz": list(self._apoz)}
+
+    def load_state_dict(self, state: State) -> None:
+        """Cut the same pool again."""
+        self._cut_pool(state["apoz"])
+
+    def _cut_pool(self, apoz: Sequence[float] | np.ndarray) -> None:
+        layout, groups = self.task.layout, self._groups
+        self._scores = keep_scores(apoz, self._group_parameters(groups))
+        pool = build_pool(self._scores, self._share, self.task.method, [g.name for g in groups])
+        self._pool = {name: self._cut(ratios) for name, ratios in zip(LEVELS, pool, strict=True)}
+        self._parts = {}
         self._apoz = tuple(float(a) for a in apoz)
         log.info("APoZ %s", " ".join(f"{g.name}:{a:.3f}" for g, a in zip(groups, apoz, strict=True)))
         log.info("pool %s", " ".join(f"{n}:{s:.3f}" for n, s in shares(layout, self._pool).items()))
@@ -65,9 +79,16 @@ class FlexFL(SubmodelStrategy):
             for group in groups
         ]
 
-    def _share(self, groups: tuple[RatioGroup, ...], ratios: np.ndarray) -> float:
+    @cached_property
+    def _groups(self) -> tuple[RatioGroup, ...]:
+        return ratio_groups(self.task.layout, self.task.factory())
+
+    def _cut(self, ratios: np.ndarray) -> Submodel:
+        return prefix(self.task.layout, ratio_widths(self.task.layout, self._groups, ratios.tolist()))
+
+    def _share(self, ratios: np.ndarray) -> float:
         """Size of the network at given ratios; the classifier counts in neither part of the quotient."""
-        cut = prefix(self.task.layout, ratio_widths(self.task.layout, groups, ratios.tolist()))
+        cut = self._cut(ratios)
         return self._hidden_parameters(cut) / self._hidden_parameters(Submodel(np.ones_like(cut.units)))
 
     def _hidden_parameters(self, submodel: Submodel) -> int:
@@ -86,27 +107,81 @@ class FlexFL(SubmodelStrategy):
     def assign(
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
     ) -> Mapping[int, Assignment]:
-        """Draw sizes, then devices nominally able to hold them."""
+        """Draw sizes, then devices nominally able to hold them; under a budget every device of a cohort has its own."""
+        if self.settings.ratio_policy != "level":
+            return super().assign(server_round, devices, rng)
         method = self.task.method
         able = eligible({p: 100 * d.capacity for p, d in devices.items()}, method)
+        able = {
+            level: [p for p in able[level] if self.budget.bears(devices[p], self._pool[LEVELS[level]])]
+            for level in able
+        }
         draw = largest_first if method.dispatch == "largest-first" else redraw
         chosen = draw(able, self.cohort_size(len(devices)), rng)
         return {partition: self._assignment(level) for partition, level in chosen.items()}
 
     def _assignment(self, level: int) -> Assignment:
-        """The level and the bits of all smaller ones: to shrink to, and to learn from."""
-        names = LEVELS[: level + 1]
-        bits: list[bytes] = [pack(self._pool[name])["units"] for name in names]
-        return Assignment(self._pool[LEVELS[level]], LEVELS[level], {"levels": bits})
+        """The level, and what the device needs to shrink to all smaller ones and to learn from them."""
+        held = LEVELS[: level + 1]
+        return self._job([self._pool[name] for name in held], LEVELS[level])
+
+    def _job(self, nested: Sequence[Submodel], level: str) -> Assignment:
+        """Train the last of nested parts: bits of all, and how much of the network each asks for, in percent."""
+        bits: list[bytes] = [pack(part)["units"] for part in nested]
+        targets = [100 * target for target in self.task.method.level_targets]
+        sizes = targets[: len(nested)]
+        if level not in LEVELS:
+            sizes[len(nested) - 1 :] = [100 * self.budget.share(nested[-1])]
+        return Assignment(nested[-1], level, {"levels": bits, "sizes": sizes})
+
+    def can_train(self, device: Device) -> bool:
+        """Whether memory and deadline allow the smallest level, which the paper gives to everybody."""
+        if self.settings.ratio_policy == "level":
+            return self.budget.bears(device, self._pool[LEVELS[0]])
+        return super().can_train(device)
+
+    def own_part(self, device: Device, server_round: int) -> Assignment:
+        """The largest level that the device nominally holds."""
+        return self._assignment(self._capable(device))
+
+    def part_at(self, ratio: float, server_round: int) -> Submodel:
+        """As wide as the scores say, and at most as large as a network that keeps `ratio` of every group."""
+        if ratio not in self._parts:
+            target = self._share(np.full(len(self._groups), ratio))
+            names = [group.name for group in self._groups]
+            self._parts[ratio] = self._cut(sized_ratios(self._scores, target, self._share, names))
+        return self._parts[ratio]
+
+    def sized_part(self, ratio: float, server_round: int) -> Assignment:
+        """Any size, and the levels inside it."""
+        part = self.part_at(ratio, server_round)
+        inside = [level for level in self._pool.values() if within(level, part)]
+        if inside and inside[-1] == part:
+            return self._assignment(len(inside) - 1)
+        return self._job([*inside, part], f"{ratio:g}")
+
+    def macs_beside(self, submodel: Submodel) -> int:
+        """The teachers' forward passes."""
+        if not self.task.method.kd_weight:
+            return 0
+        inside = [level for level in self._pool.values() if within(level, submodel) and level != submodel]
+        return sum(self.task.macs(inside[j]) for j in teacher_levels(len(inside), self.task.method))
 
     def level_trained(self, assignment: Assignment, update: Update) -> str:
         """The level that was trained, by the units of the reply: never assume the one dispatched."""
         for name, submodel in self._pool.items():
             if submodel.key == update.submodel.key:
                 return name
+        if update.submodel.key == assignment.submodel.key:
+            return assignment.level
         raise ValueError("its units are those of no level")
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """The main level that the device nominally holds; the smallest is for everybody."""
-        capable = capable_level(100 * device.capacity, self.task.method)
-        return LEVELS[max(i for i in MAIN_LEVELS if i <= capable)]
+        """The main level that the device nominally holds; the smallest is for everybody whose memory allows it."""
+        capable = self._capable(device)
+        main = [i for i in MAIN_LEVELS if i <= capable and self.budget.bears(device, self._pool[LEVELS[i]])]
+        return LEVELS[main[-1]] if main else None
+
+    def _capable(self, device: Device) -> int:
+        level = capable_level(100 * device.capacity, self.task.method)
+        return next((i for i in range(level, 0, -1) if self.budget.bears(device, self._pool[LEVELS[i]])), 0)

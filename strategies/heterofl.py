@@ -20,19 +20,20 @@ from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fix
 from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, extract, flatten, pack
 from flexfed.units import Arrays
-from strategies.base import SubmodelStrategy
+from strategies.widths import WidthStrategy
 
 log = logging.getLogger("flwr")
 
 
-class HeteroFL(SubmodelStrategy):
+class HeteroFL(WidthStrategy):
     """Static prefixes; see `flexfed.methods.heterofl`."""
 
     _dynamic: np.ndarray | None = None  # this round's draw, one level for each partition
 
     def levels(self) -> dict[str, Submodel]:
         """The levels that devices hold, smallest first, and always the largest."""
-        used = {self.level_of(device) for device in self.federation.devices.values()} | {0}
+        states = [state for device in self.federation.devices.values() for state in device.states()]
+        used = {self.level_of(state) for state in states} | {0}
         if self.task.method.assign == "dynamic":
             used = set(range(len(self.task.method.ratios)))
         return {LEVELS[i]: self._parts[i] for i in sorted(used, reverse=True)}
@@ -46,10 +47,12 @@ class HeteroFL(SubmodelStrategy):
         return list(shares(self.task.layout, {LEVELS[i]: part for i, part in enumerate(self._parts)}).values())
 
     def level_of(self, device: Device) -> int:
-        """A device's level: by its capacity, by fixed shares, or as drawn this round."""
+        """A device's level: by what it holds, by fixed shares, or as drawn this round."""
         method = self.task.method
         if method.assign == "capacity":
-            return capacity_level(device.capacity, self._sizes)
+            level = capacity_level(device.capacity, self._sizes)
+            borne = (i for i in range(level, len(self._parts)) if self.budget.bears(device, self._parts[i]))
+            return next(borne, len(self._parts) - 1)
         if method.assign == "dynamic" and self._dynamic is not None:
             return int(self._dynamic[self._ranks[device.partition]])
         return int(self._fixed[self._ranks[device.partition]])
@@ -72,18 +75,27 @@ class HeteroFL(SubmodelStrategy):
             self._dynamic = dynamic_levels(len(devices), parse_shares(method.shares, len(method.ratios)), rng)
         return super().assign(server_round, devices, rng)
 
-    def part_of(self, device: Device, server_round: int) -> Assignment:
-        """The prefix of the device's level."""
+    def own_part(self, device: Device, server_round: int) -> Assignment:
+        """The part of the device's level."""
         level = self.level_of(device)
-        return Assignment(self.submodel(level, server_round), LEVELS[level], {"ratio": self.task.method.ratios[level]})
+        ratio = self.task.method.ratios[level]
+        return Assignment(self.part_at(ratio, server_round), LEVELS[level], {"ratio": ratio})
 
-    def submodel(self, level: int, server_round: int) -> Submodel:
-        """The part of a level in a round; the same in every round."""
-        return self._parts[level]
+    def part_at(self, ratio: float, server_round: int) -> Submodel:
+        """The prefix; the same in every round."""
+        return prefix_ratio(self.task.layout, ratio)
+
+    def can_train(self, device: Device) -> bool:
+        """Whether memory and deadline allow the smallest level, which the paper gives to everybody."""
+        if self.settings.ratio_policy == "level":
+            return self.task.method.assign != "capacity" or self.budget.bears(device, self._parts[-1])
+        return super().can_train(device)
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """The level that it trains."""
-        return LEVELS[self.level_of(device)]
+        """The level that it trains; under a budget the largest level within it."""
+        if self.settings.ratio_policy == "level":
+            return LEVELS[self.level_of(device)] if self.can_train(device) else None
+        return super().level_for_evaluation(device)
 
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""

@@ -176,7 +176,8 @@ def test_another_server_app_is_refused(project, monkeypatch):
 
 def finished_run(root, strategy, seed, accuracy, day=1):
     config = {"strategy": strategy, "dataset": "digits", "seed": seed}
-    folder = RunFolder.create(root, strategy, seed, config, now=datetime(2026, 1, day, 12, 30))
+    folder = RunFolder.named(root, strategy, seed, now=datetime(2026, 1, day, 12, 30))
+    folder.begin(config)
     folder.append_round({"round": 1, "accuracy": accuracy})
     (folder.path / "summary.json").write_text(
         json.dumps({"seed": seed, "final": {"accuracy": accuracy}, "last10": {"accuracy": accuracy}, "best": {}})

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,15 +19,16 @@ import pytest
 import torch
 from flwr.app import Message
 from torch import nn
-from toy import DIGITS, QUICK, final_model, initial_model, lines, run_toy
+from toy import DIGITS, QUICK, ROOT, final_model, initial_model, lines, run_toy
 
 import server_app
 import strategies.flexfl
+from flexfed import jobs
 from flexfed.config import Experiment
 from flexfed.data import ClientData, DataConfig, load_client, load_server
 from flexfed.devices import Device
 from flexfed.flower.messages import read_update
-from flexfed.jobs import Job, Task, Update
+from flexfed.jobs import Job, Task, Update, free_memory_of
 from flexfed.methods import METHODS, fedavg, flexfl
 from flexfed.methods.flexfl import LEVELS, Teacher
 from flexfed.submodel import Submodel, extract, flatten, narrow, pack
@@ -44,13 +51,14 @@ class Bench:
         self.arrays = server_app.initial_arrays(self.task, "", 3)
         self.data: ClientData = load_client(DataConfig(partition="iid"), 0, 8)
 
-    def job(self, level: str, capacity: float = 2.0, spread: float = 0.0, seed: int = 5) -> Job:
+    def job(self, level: str, capacity: float = 2.0, spread: float = 0.0, seed: int = 5, **told: Any) -> Job:
         """Train `level` on a device of this capacity."""
-        bits = [pack(self.pool[name])["units"] for name in LEVELS[: LEVELS.index(level) + 1]]
+        held = LEVELS[: LEVELS.index(level) + 1]
+        bits = [pack(self.pool[name])["units"] for name in held]
+        sizes = [100 * target for target in self.task.method.level_targets[: len(held)]]
         part = extract(self.task.layout, self.pool[level], self.arrays)
-        return Job(
-            self.pool[level], part, Device(0, capacity=capacity, capacity_spread=spread), {"levels": bits}, seed, 1
-        )
+        device = Device(0, capacity=capacity, capacity_spread=spread, **told)
+        return Job(self.pool[level], part, device, {"levels": bits, "sizes": sizes}, seed, 1)
 
     def train(self, *args: Any, **kwargs: Any) -> Update:
         return flexfl.local_update(self.job(*args, **kwargs), self.task, self.data)
@@ -302,3 +310,87 @@ def test_without_the_limit_every_row_is_averaged(tmp_path: Path) -> None:
     run = run_toy(tmp_path, "heterofl", values, clients=3)
     before, after = initial_model(run), final_model(run)
     assert (before["classifier.bias"] != after["classifier.bias"]).all()
+
+
+# --- FlexFL: memory ---------------------------------------------------------------------------------------------
+
+
+def needs(bench: Bench) -> list[int]:
+    """Bytes that each level asks for."""
+    return [bench.task.memory_to_train(bench.pool[level]) for level in LEVELS]
+
+
+@pytest.mark.parametrize("trained", LEVELS)
+def test_a_simulated_device_shrinks_to_the_memory_it_has(bench: Bench, trained: str) -> None:
+    memory = float(needs(bench)[LEVELS.index(trained)])
+    assert bench.train("L", memory_bytes=memory).submodel == bench.pool[trained]
+    if trained == "S":
+        with pytest.raises(
+            RuntimeError, match=r"out of memory: level 4 needs 3. MB to train, 3. MB are free, and the sm"
+        ):
+            bench.train("L", memory_bytes=memory - 1)
+
+
+def test_memory_swings_with_the_jobs_seed(bench: Bench) -> None:
+    told = {"memory_bytes": 1.02 * needs(bench)[-1], "memory_spread_bytes": 0.1 * needs(bench)[-1]}
+    trained = {bench.train("L", seed=seed, **told).submodel.key for seed in range(1, 9) if survives(bench, seed, told)}
+    assert len(trained) > 1
+
+
+def survives(bench: Bench, seed: int, told: dict[str, float]) -> bool:
+    return free_memory_of(bench.job("L", seed=seed, **told)) >= needs(bench)[0]
+
+
+def test_a_real_device_looks_at_the_memory_free_at_that_moment(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it declared is what the server went by; it is not asked again."""
+    caplog.set_level("INFO", "flwr")
+    for level, needed in zip(LEVELS, needs(bench), strict=True):
+        monkeypatch.setattr(jobs, "free_memory", lambda needed=needed: needed)
+        caplog.clear()
+        assert bench.train("L", memory_bytes=1e12, measure_memory=True).submodel == bench.pool[level]
+        told = re.search(
+            r"partition 0: level 4 needs \d+ MB to train, \d+ MB are free; training level (\d)", caplog.text
+        )
+        assert (told[1] if told else "4") == str(LEVELS.index(level))
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "heterofl"])
+def test_methods_that_cannot_shrink_refuse_what_would_be_killed(
+    strategy: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Experiment.read({**QUICK, "strategy": strategy}).task(10, DIGITS)
+    part = bench.pool["L"]
+    for told, free, trains in ((False, 1, True), (True, 10**12, True), (True, 33_000_000, False)):
+        monkeypatch.setattr(jobs, "free_memory", lambda free=free: free)
+        device = Device(0, memory_bytes=1e12, measure_memory=told)
+        job = Job(part, extract(task.layout, part, bench.arrays), device, {"ratio": 1.0}, 1, 1)
+        if trains:
+            METHODS[strategy].local_update(job, task, bench.data)
+        else:
+            with pytest.raises(RuntimeError, match=r"out of memory: the part needs \d+ MB to train, 33 MB are free"):
+                METHODS[strategy].local_update(job, task, bench.data)
+
+
+def limited(megabytes: int, measure: str) -> subprocess.CompletedProcess[str]:
+    """A client that was sent a ResNet-18 and may take only so much more memory."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "limited_client.py"), str(megabytes), measure]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not enforce limits of memory")
+def test_under_a_real_limit_a_client_shrinks_and_trains_where_the_unshrunk_one_fails() -> None:
+    shrunk = limited(230, "measure")
+    assert shrunk.returncode == 0, shrunk.stderr
+    told = json.loads(shrunk.stdout)
+    assert told["trained"] in ("M-", "M")
+    assert told["needs"]["L"] > 230
+    assert math.isfinite(told["loss"])
+    assert re.search(
+        r"partition 0: level 4 needs 2\d\d MB to train, 1\d\d MB are free; training level [12]", shrunk.stderr
+    )
+    unshrunk = limited(230, "no")
+    assert unshrunk.returncode != 0
+    assert "allocate" in unshrunk.stderr or unshrunk.returncode < 0, unshrunk.stderr

@@ -53,7 +53,8 @@ def test_the_number_of_clients_counts_too():
 
 def written(tmp_path, strategy, day, config=None, finished=True):
     values = {**CONFIG, "strategy": strategy, **(config or {})}
-    folder = RunFolder.create(tmp_path, strategy, day, values, now=datetime(2026, 1, day))
+    folder = RunFolder.named(tmp_path, strategy, day, now=datetime(2026, 1, day))
+    folder.begin(values)
     folder.append_round({"round": 1, "accuracy": 0.5})
     if finished:
         folder.finish({}, {"strategy": strategy, "seed": values["seed"]})

@@ -4,14 +4,26 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
-from toy import DIGITS, Decoder, Ties, random_units, toy_task
+from torch.utils.flop_counter import FlopCounterMode
+from toy import DIGITS, Decoder, Ties, random_arrays, random_units, toy_task
 
-from flexfed.cost import forward_macs, modelled_joules, modelled_seconds, num_parameters, shares, training_macs
+from flexfed.cost import (
+    forward_macs,
+    message_bytes,
+    modelled_joules,
+    modelled_seconds,
+    num_parameters,
+    round_macs,
+    shares,
+    training_macs,
+)
 from flexfed.devices import Device
 from flexfed.models import model_factory
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, extract, full, narrow
+from flexfed.submodel import Submodel, extract, flatten, full, narrow
+from flexfed.training import Samples, Training, fit, use_batch_statistics
 from flexfed.units import trace_layout
 
 
@@ -70,6 +82,21 @@ def test_macs_of_a_1d_network() -> None:
     assert forward_macs(factory, layout, full(layout), task_shape) == macs
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_macs_are_half_the_flops_torch_counts_in_the_real_network(name: str) -> None:
+    shape, batch = (3, 32, 32), 3
+    factory = model_factory(name, 10, shape)
+    layout = trace_layout(factory, shape)
+    rng = np.random.default_rng(0)
+    arrays = random_arrays(layout, rng)
+    mixed = (Submodel(random_units(layout, rng)) for _ in range(2))
+    for part in (*(prefix_ratio(layout, ratio) for ratio in (1, 1 / 4, 1 / 16)), *mixed):
+        model = use_batch_statistics(narrow(factory, extract(layout, part, arrays)))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(batch, *shape))
+        assert 2 * batch * forward_macs(factory, layout, part, shape) == counter.get_total_flops()
+
+
 def test_cost_rises_with_the_ratio() -> None:
     task = toy_task()
     parts = [prefix_ratio(task.layout, ratio) for ratio in np.linspace(0.05, 1, 12)]
@@ -87,6 +114,23 @@ def test_counting_macs_allocates_nothing() -> None:
 
 def test_training_is_three_forward_passes() -> None:
     assert training_macs(1000, 7) == 3 * 1000 * 7
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_a_round_is_what_fit_trains_on(batch_size: int, drop_last: bool) -> None:
+    training = Training(learning_rate=0.01, batch_size=batch_size, drop_last=drop_last, local_epochs=2)
+    for num in range(2, 20):
+        samples = Samples(torch.zeros(num, 3), torch.zeros(num, dtype=torch.int64))
+        seen = fit(nn.Linear(3, 2), samples, training, 0.01, np.random.default_rng(0)).num_samples
+        assert round_macs(7, num, training) == training_macs(7, seen)
+
+
+def test_a_message_is_four_bytes_a_parameter() -> None:
+    layout = toy_task().layout
+    arrays = random_arrays(layout, np.random.default_rng(0))
+    for part in (full(layout), prefix_ratio(layout, 0.3)):
+        assert message_bytes(layout, part) == flatten(layout, part, extract(layout, part, arrays)).nbytes
 
 
 def test_seconds_and_joules_of_a_device() -> None:

@@ -99,9 +99,10 @@ def test_what_a_node_declares_wins_over_its_fleet() -> None:
 
 
 def test_what_a_node_says_of_its_memory_is_not_blurred_by_its_fleet() -> None:
-    device = Device(2, memory_bytes=1e9, memory_spread_bytes=1e8)
+    device = Device(2, "weak", 0.35, 0.1, 1e9, 1e8, availability=(0.5, 1.0))
     told = declared(device, {"memory-bytes": 500_000_000, "measure-memory": True})
-    assert told == replace(device, memory_bytes=5e8, memory_spread_bytes=0.0, measure_memory=True)
+    assert told == Device(2, "weak", 1.0, 0.0, 5e8, 0.0, measure_memory=True)
+    assert declared(device, {"memory-bytes": 5e8, "capacity": 0.5}) == Device(2, "weak", 0.5, 0.0, 5e8, 0.0)
     assert declared(device, {"memory-bytes": 5e8, "memory-spread-bytes": 2e7}).memory_spread_bytes == 2e7
     for key, value, kind in (("measure-memory", 1, "true or false"), ("memory-bytes", "1 GB", "a number")):
         with pytest.raises(ValueError, match=f"node-config of partition 2: {key} must be {kind}, got"):

@@ -29,6 +29,7 @@ from flexfed.methods.flexfl import (
     largest_first,
     ratios,
     redraw,
+    sized_ratios,
     strict_ratios,
     teacher_levels,
     trained_level,
@@ -39,6 +40,7 @@ from flexfed.submodel import narrow_shapes
 from flexfed.units import build_on_meta, trace_layout
 
 DEFAULT = FlexFLConfig()
+SIZES = [100 * target for target in DEFAULT.level_targets]
 Params = Callable[[Sequence[int]], list[int]]
 """Widths -> number of parameters of each group, the classifier in none."""
 
@@ -388,17 +390,35 @@ def test_thresholds_follow_the_targets() -> None:
 def test_trained_is_never_more_than_dispatched_and_a_device_may_refuse() -> None:
     for level in range(5):
         for percent in (-5.0, 30.0, 45.0, 60.0, 95.0, 110.0):
-            trained = trained_level(level, percent, DEFAULT)
-            assert trained is not None
-            assert trained <= level
-    assert trained_level(2, -5.0, DEFAULT) == 0
+            trained = trained_level(SIZES[: level + 1], percent, DEFAULT)
+            assert trained == min(level, capable_level(percent, DEFAULT))
+    assert trained_level(SIZES[:3], -5.0, DEFAULT) == 0
     refusing = FlexFLConfig(drop_below=25)
-    assert (trained_level(4, 24.9, refusing), trained_level(4, 25.0, refusing)) == (None, 0)
+    assert (trained_level(SIZES, 24.9, refusing), trained_level(SIZES, 25.0, refusing)) == (None, 0)
+
+
+def test_a_part_of_any_size_is_trained_where_it_fits() -> None:
+    sizes = [*SIZES[:3], 71.5]  # the levels inside it, and itself
+    assert [trained_level(sizes, percent, DEFAULT) for percent in (20, 45, 71.4, 71.5, 100)] == [0, 1, 2, 3, 3]
+
+
+def test_sized_ratios_are_as_wide_as_a_size_allows() -> None:
+    scores = np.array([1.0, 0.5, 0.0])
+
+    def size(found: np.ndarray) -> float:
+        return float(np.floor(100 * found).mean() / 100)
+
+    sizes = [size(sized_ratios(scores, target, size, "abc")) for target in (0.05, 0.3, 0.5, 0.66)]
+    assert sizes == sorted(sizes)
+    assert all(found <= target for found, target in zip(sizes, (0.05, 0.3, 0.5, 0.66), strict=True))
+    assert sizes[1] > 0.28
+    assert size(sized_ratios(scores, 0.9, size, "abc")) == pytest.approx(2.01 / 3)  # the silent group stays at 1 %
+    assert (sized_ratios(scores, 1.0, size, "abc") == 1).all()
 
 
 def test_without_uncertainty_each_class_trains_its_nominal_level() -> None:
     for mean, level in ((35.0, 0), (60.0, 2), (110.0, 4)):
-        assert trained_level(4, free_percent(mean, 0.0, np.random.default_rng(0)), DEFAULT) == level
+        assert trained_level(SIZES, free_percent(mean, 0.0, np.random.default_rng(0)), DEFAULT) == level
 
 
 def trained_table(dispatched: int, mean: float, spreads: Sequence[float]) -> np.ndarray:
@@ -429,7 +449,7 @@ def test_statistics_of_trained_levels(
     rng = np.random.default_rng(1)
     draws = [free_percent(mean, spread, rng) for spread in spreads for _ in range(8000)]
     assert max(draws) <= mean + 1e-9
-    levels = [trained_level(dispatched, draw, DEFAULT) for draw in draws]
+    levels = [trained_level(SIZES[: dispatched + 1], draw, DEFAULT) for draw in draws]
     shares = [levels.count(level) / len(levels) for level in range(5)]
     np.testing.assert_allclose(shares, list(expected), atol=0.013)  # 4 sigma
 

@@ -493,7 +493,7 @@ def test_a_plain_grid_gives_the_same_numbers(strategy: str, tmp_path: Path, monk
     streamed = run_toy(tmp_path, strategy)
     monkeypatch.setattr(server_app, "StreamingGrid", lambda grid, *_: grid)
     config = toy_config(tmp_path, strategy)
-    plain = server_app.run(InProcessGrid(client_app.app, 4, config), config, "plain")
+    plain = server_app.run(InProcessGrid(client_app.app, 4, config), config, "plain000")
     assert (plain / "metrics.jsonl").read_bytes() == (streamed / "metrics.jsonl").read_bytes()
 
 

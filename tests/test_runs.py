@@ -18,7 +18,9 @@ CONFIG = {"strategy": "flexfl", "seed": 1, "flexfl.kd-weight": 10.0, "flexfl.siz
 
 
 def make(tmp_path, strategy="flexfl", run_id=7, config=CONFIG, **kwargs):
-    return RunFolder.create(tmp_path, strategy, run_id, config, **kwargs)
+    folder = RunFolder.named(tmp_path, strategy, run_id, **kwargs)
+    folder.begin(config)
+    return folder
 
 
 def lines(path):

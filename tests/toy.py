@@ -243,7 +243,7 @@ def run_toy(
     config = toy_config(folder, strategy, values)
     grid = ScriptedGrid(client_app.app, clients, config, alter, delay)
     with patch("flexfed.report.curves_png"):
-        return server_app.run(grid, config, f"toy{next(_ids)}")
+        return server_app.run(grid, config, f"toy{next(_ids):05d}")  # as long as any other: it travels
 
 
 def toy_config(folder: Path, strategy: str, values: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Federation:
         self.task = task
         self.devices: dict[int, Device] = {}
         self.nodes: dict[int, int] = {}  # partition -> node id
+        self.num_partitions = 0  # that the clients speak of, here or not
         self._partitions: dict[int, int] = {}  # node id -> partition
         self._grid: Grid | None = None
 
@@ -50,6 +51,7 @@ class Federation:
                 expected = max(expected, self._learn(reply, reasons))
         if not self.devices:
             raise RuntimeError(f"no client answered the profile query: {reasons[0] if reasons else 'none connected'}")
+        self.num_partitions = expected
         self.devices = dict(sorted(self.devices.items()))
         log.info("%s of %s clients are here", len(self.devices), expected)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexfed.jobs import Job, Task, Update, make_update, train_network
+from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
 
 if TYPE_CHECKING:
     from flexfed.data import ClientData
@@ -41,5 +41,6 @@ class SmallConfig:
 
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train what was sent and send back all of it, weighted by the number of examples."""
+    require_memory(job, task)
     trained = train_network(task.network(job.arrays), job, task, data.train)
     return make_update(job, task, job.submodel, job.arrays, trained, float(len(data.train.labels)))

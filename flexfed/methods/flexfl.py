@@ -12,6 +12,7 @@ Differences from the released code (mastlab-T3S/FlexFL, cec0e6c); the option in 
   hardly ends and starves L [dispatch]. The device shrinks the model; there the server decides.
 - Proxy data are kept apart from evaluation; there they are 80 % of the test set [proxy-source]. One Adam, 60
   epochs; there a new Adam every epoch, 100 epochs by default and 200 on its command lines.
+- A device that tells its memory also shrinks to what is free of that; the paper counts parameters alone.
 - Strict sizes exist, and stand in where no whole strength hits a target; there an assertion fails.
 - Groups keep a unit, shortcuts are the full network's, submodels are slices from the first round on; there
   groups vanish, shortcuts come and go, and the first pool is random.
@@ -23,6 +24,7 @@ Differences from the released code (mastlab-T3S/FlexFL, cec0e6c); the option in 
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from flexfed.jobs import Job, Task, Update, make_update, shrink, train_network
+from flexfed.jobs import Job, Task, Update, free_memory_of, make_update, shrink, train_network
 from flexfed.networks import build_on_meta
 from flexfed.select import RatioGroup
 from flexfed.submodel import Submodel, as_slice, narrow_shapes, relative_positions, resize, unpack
@@ -161,6 +163,14 @@ def strict_ratios(scores: np.ndarray, target: float, size: Size, names: Sequence
     return ratios(scores, 100 / low)
 
 
+def sized_ratios(scores: np.ndarray, target: float, size: Size, names: Sequence[str] = ()) -> np.ndarray:
+    """Ratios of the largest network of at most `target`, any size in (0, 1]; where widths end below it, the widest."""
+    if target >= 1:
+        return np.ones(len(scores))
+    widest = ratios(scores, 50 * min(scores[scores > 0], default=1.0))
+    return strict_ratios(scores, min(target, size(widest)), size, names)
+
+
 def build_pool(scores: np.ndarray, size: Size, config: FlexFLConfig, names: Sequence[str] = ()) -> list[np.ndarray]:
     """Ratios of each level, smallest first, nested; L's are all 1.
 
@@ -182,10 +192,11 @@ def capable_level(percent: float, config: FlexFLConfig) -> int:
     return sum(round(percent, 9) >= round(100 * target, 9) for target in config.level_targets[1:])
 
 
-def trained_level(dispatched: int, percent: float, config: FlexFLConfig) -> int | None:
-    """The level a device trains: what it was sent or can hold with `percent` free. None: it refuses."""
-    refuses = config.drop_below > 0 and percent < config.drop_below
-    return None if refuses else min(dispatched, capable_level(percent, config))
+def trained_level(sizes: Sequence[float], percent: float, config: FlexFLConfig) -> int | None:
+    """The largest of rising `sizes` that `percent` free allows, the first one always. None: the device refuses."""
+    if config.drop_below > 0 and percent < config.drop_below:
+        return None
+    return sum(round(percent, 9) >= round(size, 9) for size in sizes[1:])
 
 
 def eligible(capacities: Mapping[int, float], config: FlexFLConfig) -> dict[int, list[int]]:
@@ -249,13 +260,10 @@ def distillation_loss(student: Tensor, labels: Tensor, teachers: Sequence[Tensor
 
 
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
-    """Shrink the part to the capacity free now, then train it with cross-entropy and self-distillation."""
+    """Shrink the part to the capacity and memory free now, then train it with cross-entropy and self-distillation."""
     config: FlexFLConfig = task.method
     levels = [unpack(task.layout, {"units": bits}) for bits in cast(list[bytes], job.config["levels"])]
-    free = 100 * job.device.capacity_now(np.random.default_rng([job.seed, 1]))
-    level = trained_level(len(levels) - 1, free, config)
-    if level is None:
-        raise RuntimeError(f"{free:.0f} % of the network free, flexfl.drop-below is {config.drop_below}: not training")
+    level = _affordable(job, task, levels)
     trains = levels[level]
     arrays = job.arrays if level == len(levels) - 1 else shrink(task.layout, job.submodel, trains, job.arrays)
     teachers = [levels[j] for j in teacher_levels(level, config)] if config.kd_weight else []
@@ -268,6 +276,32 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     trained = train_network(task.network(arrays), job, task, data.train, loss)
     macs = trained.num_samples * sum(task.macs(teacher) for teacher in teachers)
     return make_update(job, task, trains, arrays, trained, float(len(data.train.labels)), macs)
+
+
+def _affordable(job: Job, task: Task, levels: Sequence[Submodel]) -> int:
+    """The largest level that the device can train at this moment.
+
+    Raises:
+        RuntimeError: less than `drop-below` of the network is free, or less memory than the smallest level needs.
+    """
+    config: FlexFLConfig = task.method
+    percent = 100 * job.device.capacity_now(np.random.default_rng([job.seed, 1]))
+    level = trained_level(cast(list[float], job.config["sizes"]), percent, config)
+    if level is None:
+        raise RuntimeError(
+            f"{percent:.0f} % of the network free, flexfl.drop-below is {config.drop_below}: not training"
+        )
+    free = free_memory_of(job)
+    if free == math.inf:
+        return level
+    needs = [task.memory_to_train(submodel) for submodel in levels[: level + 1]]
+    fitting = [j for j, needed in enumerate(needs) if needed <= free]
+    told = f"level {level} needs {needs[level] / 1e6:.0f} MB to train, {free / 1e6:.0f} MB are free"
+    if not fitting:
+        raise RuntimeError(f"out of memory: {told}, and the smallest level needs {needs[0] / 1e6:.0f} MB")
+    if fitting[-1] < level:
+        _log.info("partition %s: %s; training level %s", job.device.partition, told, fitting[-1])
+    return fitting[-1]
 
 
 class Teacher:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexfed.batchnorm import Definition
-from flexfed.jobs import Job, Task, Update, make_update, train_network
+from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
 from flexfed.scaler import scale_outputs
 from flexfed.submodel import Submodel
 from flexfed.units import Layout
@@ -190,6 +190,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, labels_present: Tensor
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train the part with the scaler and the masked loss; send back the classifier rows of classes held."""
     method: HeteroFLConfig = task.method
+    require_memory(job, task)
     present = np.zeros(task.num_classes, dtype=bool)
     present[data.train.labels.numpy()] = True
     held = torch.from_numpy(present)
