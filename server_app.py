@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,20 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexfed.checkpoint import Checkpoint, refuse_other_network, save_checkpoint
+from flexfed.checkpoint import refuse_other_network
 from flexfed.compare import find_comparable
-from flexfed.config import Experiment, Settings
+from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import ServerData, check_partition, load_server, normalisation, normalise
 from flexfed.devices import load_fleet
+from flexfed.diary import Diary
 from flexfed.flower.grid import InProcessGrid, StreamingGrid
 from flexfed.flower.messages import to_record_of_arrays
 from flexfed.jobs import Task
 from flexfed.models import load_weights
 from flexfed.networks import travelling
-from flexfed.report import EventWriter, final_table, round_line
-from flexfed.resume import Resumed, is_over, open_run, run_identity
+from flexfed.report import final_table
+from flexfed.resume import open_run
 from flexfed.runs import RunFolder, load_run
 from flexfed.soundness import check_parts
 from flexfed.units import Arrays
@@ -90,7 +89,7 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
         refuse_other_network(stood, task.layout)
     else:  # a run that goes on was checked when it began
         check_parts(task.factory, task.layout, initial, task.input_shape)
-    diary = _Diary(config, settings, run_id, resumed)
+    diary = Diary(config, settings, run_id, resumed)
     transform["run"] = diary.folder.path.name
     strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write, stood)
     _drive(strategy, grid, initial, diary.num_rounds_left())
@@ -133,73 +132,6 @@ def _normalised(raw: ServerData) -> tuple[ServerData, dict[str, Any]]:
     }
 
 
-class _Diary:
-    """Writes each finished round to the run folder, the log and TensorBoard, and then where the run stands."""
-
-    def __init__(self, config: Mapping[str, Any], settings: Settings, run_id: str, resumed: Resumed | None):
-        self._config = dict(config)
-        self._settings = settings
-        self._resumed = resumed
-        self.folder = resumed.folder if resumed else RunFolder.named(settings.runs_dir, settings.strategy, run_id)
-        self._begun = False
-        self._last = time.monotonic()
-        self._first: tuple[int, float] | None = None  # (round, when it ended)
-        self.last_complaint = "see the log"
-
-    @cached_property
-    def _events(self) -> EventWriter:
-        return EventWriter(self.folder.path)
-
-    def num_rounds_left(self) -> int:
-        """Rounds that are still to be run; what is behind the last checkpoint is run again."""
-        stood = self._resumed.checkpoint if self._resumed else None
-        done = stood.server_round if stood else 0
-        lines = [line for line in self._resumed.run.rounds if line["round"] <= done] if self._resumed else []
-        if is_over(lines, self._settings.num_server_rounds, self._settings.stop_at_accuracy):
-            return 0
-        return self._settings.num_server_rounds - done
-
-    def _begin(self, clients: int) -> None:
-        """Late: a run that never gets through a round leaves no folder, and one that goes on loses nothing."""
-        if self._begun:
-            return
-        self._begun = True
-        if self._resumed:
-            self._resumed.prepare(self._config, clients)
-        else:
-            self.folder.begin(self._config, clients)
-            log.info("if this run is stopped, go on with resume='%s'", self.folder.path)
-
-    def write(self, line: dict[str, Any], checkpoint: Checkpoint) -> None:
-        """One round is over. The checkpoint comes last: a kill before it makes this round run again."""
-        self._begin(checkpoint.facts["clients"])
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        self.folder.append_round(line)
-        self.folder.append_timing(line["round"], seconds)
-        self._events.add(line)
-        length = (self.folder.path / "metrics.jsonl").stat().st_size
-        marked = replace(checkpoint, run=run_identity(self._config), metrics_bytes=length)
-        save_checkpoint(self.folder.path / "checkpoint", marked)
-        for complaint in [*line["failed"], *line["refused"]][-1:]:
-            self.last_complaint = f"client {complaint['partition']} said: {complaint['reason']}"
-        log.info(
-            round_line(line, self._settings.num_server_rounds, seconds, self._seconds_left(line["round"], seconds))
-        )
-
-    def _seconds_left(self, server_round: int, seconds: float) -> float:
-        # The first round is no measure of the others: it holds the start of the clients and any pre-training.
-        self._first = self._first or (server_round, self._last)
-        since, when = self._first
-        pace = (self._last - when) / (server_round - since) if server_round > since else seconds
-        return pace * (self._settings.num_server_rounds - server_round)
-
-    def close(self) -> None:
-        """Close what is open; a run that went on with nothing left to do may have begun nothing."""
-        if self._begun:
-            self._events.close()
-
-
 def _finish(folder: RunFolder, strategy: SubmodelStrategy) -> None:
     """Model, summary, picture; then the table."""
     settings, layout = strategy.settings, strategy.task.layout
@@ -215,7 +147,7 @@ def _finish(folder: RunFolder, strategy: SubmodelStrategy) -> None:
         "headline-levels": list(strategy.headline()),
         **strategy.facts(),
     }
-    folder.finish(strategy.final_model(strategy.arrays), facts)
+    folder.finish(strategy.final_model(), facts)
     _show(folder)
 
 

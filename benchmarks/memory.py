@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,17 @@ class Case:
 
     def task(self) -> Task:
         """The network, traced."""
-        shape = (self.channels, self.side, self.side)
-        factory = model_factory(self.model, 10, shape)
-        return Task(factory, trace_layout(factory, shape), shape, 10, self.training, None)
+        return _task(self.model, (self.channels, self.side, self.side), self.training)
 
     def submodel(self, task: Task) -> Submodel:
         """The part."""
         return prefix_ratio(task.layout, self.ratio)
+
+
+@lru_cache(maxsize=8)
+def _task(model: str, shape: tuple[int, ...], training: Training) -> Task:
+    factory = model_factory(model, 10, shape)
+    return Task(factory, trace_layout(factory, shape), shape, 10, training, None)
 
 
 CASES = (

@@ -6,20 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexfed.cost import BYTES_PER_NUMBER, modelled_seconds, num_parameters, shares, training_macs
+from flexfed.cost import message_bytes, modelled_seconds, round_macs, shares
 from flexfed.devices import Device
 from flexfed.jobs import Task
 from flexfed.submodel import Submodel
 from flexfed.training import samples_trained
-from flexfed.units import Layout
 
 STEPS = 64
 """Ratios are multiples of 1/64: few enough to cost them all, and devices that share one share its submodel."""
-
-
-def message_bytes(layout: Layout, submodel: Submodel) -> int:
-    """What a job or a reply weighs at most: its numbers, 2 % more, and 256 bytes for each tensor."""
-    return math.ceil(1.02 * BYTES_PER_NUMBER * num_parameters(layout, submodel)) + 256 * len(layout.shapes)
 
 
 def _nothing(_: Submodel) -> int:
@@ -60,8 +54,8 @@ class Budget:
     def seconds(self, device: Device, submodel: Submodel) -> float:
         """Modelled seconds of a device's round: receive a part, train it, send it back."""
         task = self.task
-        samples = samples_trained(device.num_examples, task.training)
-        macs = training_macs(task.macs(submodel), samples) + self.macs_beside(submodel) * samples
+        macs = round_macs(task.macs(submodel), device.num_examples, task.training)
+        macs += self.macs_beside(submodel) * samples_trained(device.num_examples, task.training)
         return modelled_seconds(device, macs, 2 * message_bytes(task.layout, submodel))
 
     def largest(self, device: Device, part_at: Callable[[float], Submodel]) -> float | None:

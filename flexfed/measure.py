@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from flexfed.networks import Factory
 
 # What a client has loaded once it works, torch by way of them: it must be there before what is left can be measured.
-MODULES = ("torchvision", "torch_pruning", "flwr.clientapp", "flexfed.methods", "flexfed.data", "flwr_datasets")
+MODULES = (
+    "torchvision",
+    "torch_pruning",
+    "torch._dynamo",
+    "flwr.clientapp",
+    "flexfed.methods",
+    "flexfed.data",
+    "flwr_datasets",
+)
 
 # Own limits count what is reserved, not what is touched. Beyond what it touched, training a ResNet-18 reserved 96 to
 # 130 MB of address space and 29 to 63 MB of data: the heap and stack of autograd's thread, above all.

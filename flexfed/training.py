@@ -130,7 +130,7 @@ def fit(
     if len(samples.labels) < 2:
         raise ValueError(f"training needs at least 2 samples, got {len(samples.labels)}")
     model.train()
-    optimizer = _optimizer(model, training, learning_rate)
+    optimizer = build_optimizer(model, training, learning_rate)
     seen = 0
     for _ in range(training.local_epochs):
         loss_sum = 0.0
@@ -156,7 +156,8 @@ def samples_trained(num_examples: int, training: Training) -> int:
     return training.local_epochs * (num_examples - left_out)
 
 
-def _optimizer(model: nn.Module, training: Training, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, training: Training, learning_rate: float) -> torch.optim.Optimizer:
+    """A fresh optimiser over the parameters that are not frozen."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if training.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=training.weight_decay)

@@ -12,33 +12,33 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexfed.averaging import Averager
-from flexfed.batchnorm import Statistics, collect_sums, statistics
+from flexfed.batchnorm import Statistics
 from flexfed.budget import Budget
 from flexfed.checkpoint import Checkpoint, State
 from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import ServerData
 from flexfed.devices import Device
+from flexfed.evaluation import level_statistics, measure_levels, with_statistics
 from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
     cause_of,
     from_record_of_arrays,
     job_content,
     num_bytes,
+    read_evaluation,
     read_update,
     statistics_content,
     to_array,
     to_record_of_arrays,
 )
-from flexfed.jobs import Assignment, Scalar, Task, Update, evaluate_part
+from flexfed.jobs import Assignment, Scalar, Task, Update
 from flexfed.resume import reached
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
-from flexfed.training import Evaluation, batches
 from flexfed.units import Arrays
 from strategies.record import RoundRecord
 
 log = logging.getLogger("flwr")
-STATISTICS_BATCH = 128
 
 
 class RunOver(Exception):
@@ -148,7 +148,8 @@ class SubmodelStrategy(Strategy):
         """Batch-norm statistics of every evaluated level; None = those of the test batch."""
         if self.settings.batch_norm == "batch":
             return dict.fromkeys(self.levels())
-        return {name: self._proxy_statistics(level, arrays) for name, level in self.levels().items()}
+        proxy = self.server.proxy
+        return {name: level_statistics(self.task, level, arrays, proxy) for name, level in self.levels().items()}
 
     def state_dict(self) -> State:
         """What a method has learned beside the model: arrays, and values that JSON holds exactly."""
@@ -322,24 +323,10 @@ class SubmodelStrategy(Strategy):
             return []
         found = self.level_statistics(server_round, self._arrays, grid)
         self._statistics = found
-        self.record.quality = self.evaluate_levels(self._arrays, found)
+        self.record.quality = measure_levels(
+            self.task, self.levels(), self.headline(), self._arrays, found, self.server.test
+        )
         return self._evaluation_messages(server_round, found)
-
-    def evaluate_levels(self, arrays: Arrays, found: Mapping[str, Statistics | None]) -> dict[str, float]:
-        """Accuracy of every level on the server's test split, the headline mean, and the largest level's loss."""
-        results = {
-            name: evaluate_part(self.task, extract(self.task.layout, level, arrays), found[name], self.server.test)
-            for name, level in self.levels().items()
-        }
-        top = list(results.values())[-1]
-        mean = float(np.mean([results[name].accuracy for name in self.headline()]))
-        by_level = {f"accuracy-{name}": result.accuracy for name, result in results.items()}
-        return {"accuracy": top.accuracy, "loss": top.loss, "accuracy-levels": mean, **by_level}
-
-    def _proxy_statistics(self, level: Submodel, arrays: Arrays) -> Statistics:
-        model = self.task.network(extract(self.task.layout, level, arrays))
-        inputs = (batch.inputs for batch in batches(self.server.proxy, STATISTICS_BATCH))
-        return statistics(collect_sums(model, inputs, "pooled"))  # a short last batch must not weigh like a full one
 
     def testers(self) -> dict[int, str]:
         """The partitions whose device can test an evaluated level, and which."""
@@ -362,18 +349,10 @@ class SubmodelStrategy(Strategy):
             self._sent_beside[partition] = num_bytes(message)
             yield message
 
-    def final_model(self, arrays: Arrays) -> Arrays:
-        """The model that the run reports, with the batch-norm statistics it was last evaluated with.
-
-        Networks whose norms keep no running statistics get them as `<layer>.running_mean` and `running_var`, too:
-        without them, a loaded model would not give the accuracy reported.
-        """
+    def final_model(self) -> Arrays:
+        """The model that the run reports, with the batch-norm statistics it was last evaluated with."""
         name, top = list(self.levels().items())[-1]
-        model = extract(self.task.layout, top, arrays)
-        for layer, (mean, variance) in (self._statistics.get(name) or {}).items():
-            model[f"{layer}.running_mean"] = mean.astype(np.float32)
-            model[f"{layer}.running_var"] = variance.astype(np.float32)
-        return model
+        return with_statistics(extract(self.task.layout, top, self._arrays), self._statistics.get(name))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' own tests and close the round's record.
@@ -386,7 +365,7 @@ class SubmodelStrategy(Strategy):
         for reply in replies:
             partition = self.federation.partition_of(reply)
             try:
-                result = _read_evaluation(reply)
+                result = read_evaluation(reply)
                 self.record.clients.append(result)
                 macs = result.num_samples * self.task.macs(levels[testers[partition]])
                 travelled = self._sent_beside[partition] + num_bytes(reply)
@@ -399,16 +378,3 @@ class SubmodelStrategy(Strategy):
         if reached(line, self.settings.stop_at_accuracy):
             raise RunOver
         return None
-
-
-def _read_evaluation(reply: Message) -> Evaluation:
-    if reply.has_error():
-        raise ValueError(f"evaluation failed: {cause_of(reply.error)}")
-    metrics: Any = reply.content.metric_records.get("metrics", {})
-    try:
-        result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
-    except (KeyError, OverflowError, TypeError, ValueError) as cause:
-        raise ValueError(f"evaluation reply should hold correct, loss-sum and num-samples, got {cause!r}") from cause
-    if not (0 <= result.correct <= result.num_samples and np.isfinite(result.loss_sum)):
-        raise ValueError(f"evaluation reply is impossible: {result}")
-    return result

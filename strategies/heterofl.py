@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flexfed.batchnorm import BatchNormSums, Statistics, add_sums, norm_widths, statistics, unpack_sums
 from flexfed.cost import shares
 from flexfed.devices import Device
+from flexfed.evaluation import level_statistics
 from flexfed.flower.messages import cause_of, from_record_of_arrays, job_content, num_bytes, to_array
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fixed_levels, parse_shares
@@ -107,7 +108,9 @@ class HeteroFL(WidthStrategy):
         if mode == "batch" or self.settings.batch_norm == "batch":
             return dict.fromkeys(self.levels())
         found = self._asked(server_round, arrays, grid) if mode == "federated" else {}
-        return {n: found[n] if n in found else self._proxy_statistics(s, arrays) for n, s in self.levels().items()}
+        missing = {name: level for name, level in self.levels().items() if name not in found}
+        proxy = {n: level_statistics(self.task, level, arrays, self.server.proxy) for n, level in missing.items()}
+        return {name: (found | proxy)[name] for name in self.levels()}
 
     def _asked(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics]:
         """Statistics of each level, summed over the clients that can hold it; none for a level nobody answers for."""

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 from toy import DIGITS, QUICK, lines, run_toy, toy_task
 
-from flexfed.budget import STEPS, Budget, message_bytes
+from flexfed.budget import STEPS, Budget
 from flexfed.config import Experiment
-from flexfed.cost import memory_budget, num_parameters, training_memory
+from flexfed.cost import memory_budget, message_bytes, num_parameters, training_memory
 from flexfed.data import load_server
 from flexfed.devices import Device, load_fleet
 from flexfed.jobs import Task
 from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, full
-from flexfed.training import Samples, fit, samples_trained
 from strategies import STRATEGIES
 
 MB = 1e6
@@ -79,14 +78,13 @@ def excess(strategy: Any, device: Device, submodel: Submodel, deadline: float, b
 
 
 @pytest.mark.parametrize("deadline", [0.0, 2.0])
-@pytest.mark.parametrize("policy", ["level", "budget"])
-@pytest.mark.parametrize("strategy", METHODS)
+@pytest.mark.parametrize(
+    ("strategy", "policy"), [(s, p) for s in METHODS for p in ("level", "budget") if (s, p) != ("small", "level")]
+)  # the size of `small` is the configuration's: small.ratio
 def test_law_11_over_random_fleets(strategy: str, policy: str, deadline: float) -> None:
-    if strategy == "small" and policy == "level":
-        pytest.skip("its size is the configuration's: small.ratio")
     rng = np.random.default_rng([len(strategy), len(policy), int(deadline)])
     sent = 0
-    for server_round in range(1, 16):
+    for server_round in range(1, 9):
         chosen = server(strategy, ratio_policy=policy, round_deadline=deadline)
         chosen.federation.devices = devices = random_fleet(rng)
         chosen.prepare()
@@ -103,7 +101,7 @@ def test_law_11_over_random_fleets(strategy: str, policy: str, deadline: float) 
             else:
                 assert not over, (devices[partition], assignment.level)
             sent += 1
-    assert sent > (3 if strategy == "exclusive" else 15)
+    assert sent > (0 if strategy == "exclusive" else 8)
 
 
 @pytest.mark.parametrize("strategy", WIDTH_METHODS)
@@ -202,25 +200,6 @@ def device_level(device: Device, server_round: int) -> str:
         n for n, r in ratios.items() if num_parameters(task.layout, prefix_ratio(task.layout, r)) / whole <= power
     ]
     return fitting[0] if fitting else "e"
-
-
-@pytest.mark.parametrize("num_examples", [2, 3, 15, 16, 17, 18, 31, 32, 33, 50])
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_samples_trained_are_those_that_fit_counts(num_examples: int, drop_last: bool) -> None:
-    import torch
-
-    training = replace(toy_task().training, batch_size=16, local_epochs=3, drop_last=drop_last)
-    samples = Samples(torch.zeros(num_examples, 2), torch.zeros(num_examples, dtype=torch.int64))
-    model = torch.nn.Linear(2, 2)
-    done = fit(model, samples, training, 0.1, np.random.default_rng(0))
-    assert samples_trained(num_examples, training) == done.num_samples
-
-
-def test_messages_are_bounded_as_law_7_says() -> None:
-    layout = toy_task().layout
-    part = prefix_ratio(layout, 0.5)
-    numbers = num_parameters(layout, part)
-    assert 4 * numbers <= message_bytes(layout, part) <= 1.02 * 4 * numbers + 256 * len(layout.shapes) + 1
 
 
 def test_what_was_never_told_does_not_bind() -> None:

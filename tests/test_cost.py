@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from flexfed.cost import (
     modelled_joules,
     modelled_seconds,
     num_parameters,
+    part_bytes,
     round_macs,
     shares,
     training_macs,
@@ -130,7 +132,8 @@ def test_a_message_is_four_bytes_a_parameter() -> None:
     layout = toy_task().layout
     arrays = random_arrays(layout, np.random.default_rng(0))
     for part in (full(layout), prefix_ratio(layout, 0.3)):
-        assert message_bytes(layout, part) == flatten(layout, part, extract(layout, part, arrays)).nbytes
+        assert part_bytes(layout, part) == flatten(layout, part, extract(layout, part, arrays)).nbytes
+        assert message_bytes(layout, part) == math.ceil(1.02 * part_bytes(layout, part)) + 256 * len(layout.shapes)
 
 
 def test_seconds_and_joules_of_a_device() -> None:

@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 import server_app
-from flexfed.launch import run_simulation
+from flexfed.launch import follow, private_flower, run_simulation, submit
+from flexfed.launch import wait_until_finished as wait_until_over
+from flexfed.overrides import with_resumed
+from flexfed.processes import marked_processes
 from flexfed.runs import load_run
 
 APP = Path(__file__).resolve().parent.parent
@@ -50,6 +53,46 @@ def test_a_run_that_fails_exits_with_1_and_says_why(tmp_path: Path) -> None:
     assert run_simulation(APP, overrides, supernodes=2, cpus=2, echo=said.append) == 1
     assert "flexfl-vgg16" in "\n".join(said)
     assert not our_superlinks()
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Law 9 under Flower: kill -9 its server process after a round, resume, and nothing differs from a whole run."""
+    values = {"num-server-rounds": 5, "seed": 4, "runs-dir": str(tmp_path / "killed"), "flexfl.pretrain-epochs": 5}
+    said: list[str] = []
+    with private_flower(BIN) as flower:
+        submit(flower, APP, values, supernodes=4, cpus=2)
+        folder = wait_for_checkpoint(tmp_path / "killed", 2)
+        kill_server(flower.home)
+        assert not (folder / "summary.json").exists()
+        run_id = submit(flower, APP, with_resumed({"resume": str(folder)}), supernodes=4, cpus=2)
+        follow(flower, run_id, said.append)
+        run = wait_until_over(flower, run_id)
+        assert run["status"] == "finished:completed", "\n".join(said)
+    assert not any("round 1/5" in line or "APoZ" in line for line in said[:10]), "it began anew"
+    whole = server_app.run_in_process({**values, "runs-dir": str(tmp_path / "whole")}, 4)
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def wait_for_checkpoint(runs: Path, server_round: int, seconds: float = 180) -> Path:
+    """The run folder, once the checkpoint of a round is there."""
+    end_at = time.monotonic() + seconds
+    while time.monotonic() < end_at:
+        for path in runs.glob(f"*/checkpoint/round-{server_round:08d}.safetensors"):
+            return path.parent.parent
+        time.sleep(0.02)
+    raise TimeoutError(f"no checkpoint of round {server_round} in {seconds} s")
+
+
+def kill_server(home: Path) -> None:
+    """kill -9 the process in which the ServerApp runs."""
+    import psutil
+
+    ours = [psutil.Process(pid) for pid in marked_processes(f"FLWR_HOME={home}")]
+    servers = [p for p in ours if any("flwr-simulation" in word for word in p.cmdline()[:2])]
+    assert servers, [p.cmdline()[:3] for p in ours]
+    for process in servers:
+        process.kill()
 
 
 def our_superlinks() -> list[int]:

@@ -21,6 +21,7 @@ from toy import QUICK, ROOT, InProcessGrid, lines, toy_config
 
 import client_app
 import server_app
+from flexfed import diary
 from flexfed.client_state import load_state
 from flexfed.overrides import defaults, with_resumed
 from flexfed.resume import run_identity
@@ -68,12 +69,12 @@ def killed_run(folder: Path, values: Mapping[str, Any], where: str, server_round
         if checkpoint.server_round == server_round:
             raise Killed
 
-    append, save = RunFolder.append_round, server_app.save_checkpoint
+    append, save = RunFolder.append_round, diary.save_checkpoint
     with pytest.MonkeyPatch.context() as patched:
         if where == "before its line":
             patched.setattr(RunFolder, "append_round", before_line)
         else:
-            patched.setattr(server_app, "save_checkpoint", at_checkpoint)
+            patched.setattr(diary, "save_checkpoint", at_checkpoint)
         with pytest.raises(Killed):
             run(folder, values)
     (left,) = folder.iterdir()

@@ -17,6 +17,7 @@ from flexfed.batchnorm import Statistics
 from flexfed.devices import Device, from_record, to_record
 from flexfed.jobs import Assignment, Job, Update
 from flexfed.submodel import pack, unflatten, unpack
+from flexfed.training import Evaluation
 from flexfed.units import Arrays, Layout
 
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
@@ -156,6 +157,24 @@ def read_update(content: RecordDict, layout: Layout) -> Update:
         raise ValueError("the submodel of a reply must be bytes")
     submodel = unpack(layout, cast(Any, packed))
     return Update(submodel, flat, float(cast(float, weight)), cast(Any, metrics))
+
+
+def read_evaluation(reply: Message) -> Evaluation:
+    """A client's test of its own, checked.
+
+    Raises:
+        ValueError: it failed, lacks a number, or is impossible.
+    """
+    if reply.has_error():
+        raise ValueError(f"evaluation failed: {cause_of(reply.error)}")
+    metrics: Any = reply.content.metric_records.get("metrics", {})
+    try:
+        result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
+    except (KeyError, OverflowError, TypeError, ValueError) as cause:
+        raise ValueError(f"evaluation reply should hold correct, loss-sum and num-samples, got {cause!r}") from cause
+    if not (0 <= result.correct <= result.num_samples and math.isfinite(result.loss_sum)):
+        raise ValueError(f"evaluation reply is impossible: {result}")
+    return result
 
 
 def statistics_content(statistics: Statistics) -> ArrayRecord:

@@ -1,0 +1,61 @@
+"""Test levels of a global model where there is data: their statistics, their accuracies, the model to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flexfed.batchnorm import Statistics, collect_sums, statistics
+from flexfed.jobs import Task, evaluate_part
+from flexfed.submodel import Submodel, extract
+from flexfed.training import Samples, batches
+from flexfed.units import Arrays
+
+BATCH = 128
+
+
+def level_statistics(task: Task, level: Submodel, arrays: Arrays, samples: Samples) -> Statistics:
+    """Batch-norm statistics of a level on samples; a short last batch does not weigh like a full one."""
+    model = task.network(extract(task.layout, level, arrays))
+    return statistics(collect_sums(model, (batch.inputs for batch in batches(samples, BATCH)), "pooled"))
+
+
+def measure_levels(
+    task: Task,
+    levels: Mapping[str, Submodel],
+    headline: Sequence[str],
+    arrays: Arrays,
+    found: Mapping[str, Statistics | None],
+    samples: Samples,
+) -> dict[str, float]:
+    """Accuracy of every level, the mean over the `headline` levels, and accuracy and loss of the last one.
+
+    Args:
+        task: the network.
+        levels: by name, the one that the run reports last.
+        headline: names of those whose mean is `accuracy-levels`.
+        arrays: the global model.
+        found: batch-norm statistics of each level; None = those of the test batch.
+        samples: the test split.
+    """
+    results = {
+        name: evaluate_part(task, extract(task.layout, level, arrays), found[name], samples)
+        for name, level in levels.items()
+    }
+    top = list(results.values())[-1]
+    mean = float(np.mean([results[name].accuracy for name in headline]))
+    by_level = {f"accuracy-{name}": result.accuracy for name, result in results.items()}
+    return {"accuracy": top.accuracy, "loss": top.loss, "accuracy-levels": mean, **by_level}
+
+
+def with_statistics(arrays: Arrays, found: Statistics | None) -> Arrays:
+    """A part with batch-norm statistics beside its tensors, as `<layer>.running_mean` and `running_var`.
+
+    Also for networks whose norms keep none: without them, a loaded model would not give the accuracy reported.
+    """
+    model = dict(arrays)
+    for layer, (mean, variance) in (found or {}).items():
+        model[f"{layer}.running_mean"] = mean.astype(np.float32)
+        model[f"{layer}.running_var"] = variance.astype(np.float32)
+    return model
