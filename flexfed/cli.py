@@ -298,6 +298,63 @@ def profile(
             typer.echo(to_text(measured, node_config, link_bytes_s is not None, fitting))
 
 
+@app.command()
+def levels(
+    model: Annotated[str, typer.Argument(metavar="MODEL | RUN", help="A network's name, or a run folder.")],
+    classes: Annotated[int | None, typer.Option(min=1, help="Of the network; default: 10.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option("--input", help="One sample, such as 3x32x32; default: what suits the network.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Of training; default: batch-size.")] = None,
+    ratios: Annotated[
+        str | None, typer.Option(help='Kept fractions, "1, 0.5", largest first; default: heterofl.ratios.')
+    ] = None,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show which units of a network are tied, and what each level of it costs; of a run: its own levels."""
+    with _errors():
+        from flexfed.levels import overview_of_model, overview_of_run
+        from flexfed.profile import parse_shape
+
+        if "/" in model or (Path(model) / "config.toml").is_file():
+            told = {"--classes": classes, "--input": input_size, "--batch-size": batch_size, "--ratios": ratios}
+            if given := [name for name, value in {**told, "-c": config}.items() if value]:
+                raise ValueError(f"{', '.join(given)}: a run has its own; give the name of a network to choose")
+            found = overview_of_run(model)
+        else:
+            values = {"batch-size": batch_size, "heterofl.ratios": ratios}
+            settings = {**_settings(config), **{key: value for key, value in values.items() if value is not None}}
+            shape = parse_shape(input_size) if input_size else None
+            found = overview_of_model(model, classes or 10, shape, settings)
+        typer.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+def _settings(config: Sequence[str] | None) -> dict[str, Scalar]:
+    """The app's defaults under the overrides; without an app and without overrides, the package's own."""
+    if not config and not (APP_DIR / "pyproject.toml").is_file():
+        return {}
+    known = defaults(require_app(APP_DIR))
+    return {**known, **parse_overrides(config or [], known)}
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; the run may be unfinished.")],
+    level: Annotated[str | None, typer.Option(help="Which one; default: the one that the run reports.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: RUN/export.")] = None,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Only the .safetensors file.")] = False,
+) -> None:
+    """Write one level of a run as a plain narrow network: .safetensors with its metadata, and .onnx."""
+    from flexfed.export import export_level
+
+    with _errors():
+        written = export_level(run, level, out, with_onnx=not no_onnx)
+        typer.echo(written.to_text())
+        for note in written.notes:
+            typer.secho(f"note: {note}", fg=typer.colors.YELLOW, err=True)
+
+
 @contextmanager
 def _errors() -> Iterator[None]:
     """Say what is wrong in one line and exit with 1; bugs keep their traceback."""

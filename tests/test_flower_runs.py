@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
         follow(flower, run_id, said.append)
         run = wait_until_over(flower, run_id)
         assert run["status"] == "finished:completed", "\n".join(said)
-    assert not any("round 1/5" in line or "APoZ" in line for line in said[:10]), "it began anew"
+    assert not any(f"round {r}/5" in line for r in (1, 2) for line in said), "it began anew"
     whole = server_app.run_in_process({**values, "runs-dir": str(tmp_path / "whole")}, 4)
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
