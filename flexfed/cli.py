@@ -62,8 +62,9 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
         devices = supernodes or head_supernodes([*texts, *_resumed_config(values)]) or SUPERNODES
         # Before torch is imported: another number of threads changes the bits.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        check_configuration({**known, **values})
-        if in_process:
+        whole = {**known, **values}
+        check_configuration(whole)
+        if in_process or _is_finished(whole):  # for a table alone no Flower need start
             raise typer.Exit(_run_in_process(app_dir, values, devices))
         from flexfed.launch import run_simulation
 
@@ -73,6 +74,17 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
 def _resumed_config(values: Mapping[str, Scalar]) -> list[str]:
     """config.toml of the run that goes on: its head says how many devices it had."""
     return [str(Path(str(values["resume"])) / "config.toml")] if values.get("resume") else []
+
+
+def _is_finished(values: Mapping[str, Scalar]) -> bool:
+    """Whether the run that is resumed has nothing left to do; refuses one that cannot go on so."""
+    from flexfed.config import Experiment
+    from flexfed.resume import open_run
+
+    settings = Experiment.read(values).settings
+    if not settings.resume:
+        return False
+    return open_run(settings.resume, values).is_finished(settings.num_server_rounds, settings.stop_at_accuracy)
 
 
 def check_configuration(values: Mapping[str, Scalar]) -> None:

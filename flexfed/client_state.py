@@ -21,17 +21,22 @@ KEPT = 3  # the round in progress, its base, and one more for a server that fell
 def state_folder(node_dir: str, state_dir: str, resume: str, runs_dir: str, run: str, partition: int) -> Path:
     """Where a client keeps its state of a run: the node's own place, else the run's, else the run folder.
 
+    On a real device the last one is a folder of its own with the same name; the server's is not there.
+
     Args:
         node_dir: `state-dir` of the node-config; "" = none.
         state_dir: `state-dir` of the run configuration; "" = none.
-        resume: the run folder that is continued; "" = none.
+        resume: the run folder that is continued, which may have been moved; "" = none.
         runs_dir: where run folders are.
         run: name of the run.
         partition: the client.
     """
-    chosen = node_dir or state_dir
-    root = Path(chosen) / run if chosen else Path(resume or Path(runs_dir) / run) / "clients"
-    return root.expanduser() / f"{partition:06d}"
+    if chosen := node_dir or state_dir:
+        root = Path(chosen).expanduser() / run
+    else:
+        moved = Path(resume).expanduser() / "clients"
+        root = moved if resume and moved.is_dir() else Path(runs_dir).expanduser() / run / "clients"
+    return root / f"{partition:06d}"
 
 
 def load_state(folder: Path, server_round: int) -> Arrays:

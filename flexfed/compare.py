@@ -13,7 +13,7 @@ from flexfed.runs import DEVICE_MEANS, Run, find_runs, leaves_devices_out, load_
 
 # Keys that say which method runs, where files lie and how the machine is used: not what is compared on.
 METHOD_KEYS = frozenset({"strategy", "ratio-policy"})
-PLACE_KEYS = frozenset({"runs-dir", "replies-in-flight", "torch-threads"})
+PLACE_KEYS = frozenset({"runs-dir", "state-dir", "resume", "replies-in-flight", "torch-threads"})
 
 
 # --- what may be compared -----------------------------------------------------------------------------------

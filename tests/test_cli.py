@@ -14,6 +14,7 @@ with warnings.catch_warnings():  # typer imports names that newer versions of cl
 
 from flexfed import cli, launch, workers
 from flexfed.cli import app, load_runner, require_app
+from flexfed.overrides import defaults
 from flexfed.runs import RunFolder
 
 PROJECT = """
@@ -22,6 +23,8 @@ strategy = "flexfl"
 dataset = "digits"
 fleet = "skewed"
 seed = 1
+num-server-rounds = 5
+resume = ""
 runs-dir = "RUNS"
 [tool.flwr.app.config.flexfl]
 kd-weight = -1.0
@@ -131,6 +134,36 @@ def test_run_hands_over_to_flower(project, monkeypatch):
         (project, [str(file)], 100, None),
         (project, [str(file)], 5, None),
     ]
+
+
+@pytest.fixture
+def left_run(project, tmp_path):
+    """A run folder with seven clients that was left before its first checkpoint."""
+    folder = RunFolder.named(tmp_path / "left", "flexfl", 1)
+    folder.begin({**defaults(project), "seed": 3}, clients=7)
+    return folder.path
+
+
+def test_a_resumed_run_has_its_own_devices_and_is_checked_before_flower_starts(project, left_run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_simulation", lambda *args: seen.append(args) or 0)
+    pair = f"resume='{left_run}'"
+    assert flexfed("run", "-c", pair).exit_code == 0
+    assert seen == [(project, [pair], 7, None)]
+    result = flexfed("run", "-c", f"{pair} seed=4")
+    assert result.exit_code == 1
+    assert result.output.startswith(
+        f"error: the run in {left_run} cannot go on with another configuration: seed (3 there"
+    )
+    assert len(seen) == 1
+
+
+def test_a_finished_run_starts_no_flower(project, left_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "run_simulation", lambda *args: pytest.fail("Flower started"))
+    RunFolder(left_run).append_round({"round": 5, "accuracy": 0.5})
+    (left_run / "summary.json").write_text('{"final": {}, "last10": {}}')
+    flexfed("run", "-c", f"resume='{left_run}'")
+    assert "'resume'" in (tmp_path / "runs" / "said.txt").read_text()
 
 
 @pytest.mark.parametrize("pair", ["strategy='nope'", "fleet='nope'"])

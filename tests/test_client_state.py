@@ -62,18 +62,18 @@ def test_a_write_that_is_cut_short_leaves_the_old_versions(tmp_path: Path, monke
     assert same_bits(load_state(tmp_path, 5), state(3))
 
 
-@pytest.mark.parametrize(
-    ("places", "expected"),
-    [
-        (("", "", "", "/runs"), "/runs/day1/clients/000007"),
-        (("", "", "/old/day1", "/runs"), "/old/day1/clients/000007"),
-        (("", "/shared", "/old/day1", "/runs"), "/shared/day1/000007"),
-        (("/mnt/card", "/shared", "", "/runs"), "/mnt/card/day1/000007"),
-    ],
-    ids=["simulation", "resumed", "of the run", "of the node"],
-)
-def test_where_the_state_lies(places: tuple[str, str, str, str], expected: str) -> None:
-    assert state_folder(*places, run="day1", partition=7) == Path(expected)
+def test_where_the_state_lies(tmp_path: Path) -> None:
+    runs, old = str(tmp_path / "runs"), str(tmp_path / "old" / "day1")
+    for places, expected in (
+        (("", "", "", runs), tmp_path / "runs/day1/clients"),
+        (("", "", old, runs), tmp_path / "runs/day1/clients"),  # a device: the server's folder is not there
+        (("", "/shared", old, runs), Path("/shared/day1")),
+        (("/mnt/card", "/shared", "", runs), Path("/mnt/card/day1")),
+    ):
+        assert state_folder(*places, run="day1", partition=7) == expected / "000007"
+    (tmp_path / "old" / "day1" / "clients").mkdir(parents=True)  # in simulation, and moved
+    assert state_folder("", "", old, runs, "day1", 7) == tmp_path / "old/day1/clients/000007"
+    assert state_folder("", "/shared", old, runs, "day1", 7) == Path("/shared/day1/000007")
 
 
 def test_a_tilde_is_the_devices_own_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,18 @@
 """Configuration as people write it."""
 
+from pathlib import Path
+
 import pytest
 
-from flexfed.overrides import check_known, defaults, head_supernodes, near_matches, parse_overrides, resolve_paths
+from flexfed.overrides import (
+    check_known,
+    defaults,
+    head_supernodes,
+    near_matches,
+    parse_overrides,
+    resolve_paths,
+    with_resumed,
+)
 
 KNOWN = {
     "strategy": "flexfl",
@@ -133,3 +143,23 @@ def test_the_head_of_a_file_says_how_many_devices(tmp_path):
     assert head_supernodes(["b.toml", "seed=2"], tmp_path) is None
     with pytest.raises(ValueError, match=r"c\.toml: supernodes must be a whole number >= 1, got 'many'"):
         head_supernodes(["c.toml"], tmp_path)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_brings_its_own_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('# supernodes = 7\nseed = 3\nresume = ""\n[flexfl]\nkd-weight = 2.0\n')
+    resume = str(tmp_path)
+    assert with_resumed({"seed": 5}) == {"seed": 5}
+    assert with_resumed({"resume": ""}) == {"resume": ""}
+    assert with_resumed({"resume": resume}) == {"seed": 3, "flexfl.kd-weight": 2.0, "resume": resume}
+    assert with_resumed({"resume": resume, "seed": 4})["seed"] == 4  # said outright: the run will refuse it
+    with pytest.raises(ValueError, match=r"no such file: .*nowhere.config\.toml"):
+        with_resumed({"resume": str(tmp_path / "nowhere")})
+
+
+def test_resume_is_a_path(tmp_path: Path) -> None:
+    known = {"resume": "", "seed": 1}
+    assert parse_overrides(["resume='runs/one'"], known, tmp_path) == {"resume": str(tmp_path / "runs" / "one")}
+    assert parse_overrides(["resume='~/one'"], known, tmp_path) == {"resume": "~/one"}
