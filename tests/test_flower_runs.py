@@ -152,7 +152,7 @@ def flwr(*args: str, env: Mapping[str, str], cwd: Path) -> dict[str, object]:
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
-    """A SuperLink and two SuperNodes of different declared capacity; yields (environment, working directory)."""
+    """A SuperLink and two SuperNodes, one of small capacity, one that measures its memory; (environment, directory)."""
     home, cwd, port = tmp_path / "home", tmp_path / "cwd", free_port()
     for folder in (home, cwd):
         folder.mkdir()
@@ -162,6 +162,7 @@ def fleet(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
     env = {
         **os.environ,
         "FLWR_HOME": str(home),
+        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # one program starts the next by its name
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -173,8 +174,8 @@ def fleet(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
         options = ["--disable-runtime-dependency-installation"]
         stack.enter_context(running(*superlink, *options, env=env, cwd=cwd, log=tmp_path / "superlink.log"))
         wait_for_port(port)
-        for partition, capacity in enumerate((0.35, 1.1)):
-            told = f'partition-id={partition} num-partitions=2 capacity={capacity} kind="node{partition}"'
+        for partition, device in enumerate(("capacity=0.35", "memory-bytes=4e9 measure-memory=true")):
+            told = f'partition-id={partition} num-partitions=2 {device} kind="node{partition}"'
             node = [str(BIN / "flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{port}"]
             place = ["--port", str(free_port()), "--node-config", told]
             stack.enter_context(running(*node, *place, env=env, cwd=cwd, log=tmp_path / f"node{partition}.log"))
