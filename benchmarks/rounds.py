@@ -54,7 +54,7 @@ def in_process_strategy(
     server, transform = server_app._normalised(load_server(experiment.data))
     task = experiment.task(server.info.num_classes, server.info.input_shape)
     grid = StreamingGrid(InProcessGrid(client_app.app, num_clients, config))
-    return STRATEGIES[name](experiment, task, server, transform), grid
+    return STRATEGIES[name](experiment, task, server, {**transform, "run": "benchmark"}), grid
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from flexfed.batchnorm import Statistics
-from flexfed.runs import write_atomic
+from flexfed.runs import replacing
 from flexfed.units import Arrays, Layout
 
 log = logging.getLogger("flwr")
@@ -57,7 +57,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `round-<number>.safetensors`, whole or not at all, and delete all but the newest `KEPT`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{checkpoint.server_round:08d}.safetensors"
-    write_atomic(path, to_bytes(checkpoint))
+    text, tensors = _to_parts(checkpoint)
+    with replacing(path) as beside:
+        save_file(tensors, beside, {"format": FORMAT, "checkpoint": text, "digest": _digest(text, tensors)})
     for old in _found(folder)[KEPT:]:
         old.unlink()
     return path
@@ -76,7 +78,7 @@ def load_checkpoint(folder: Path, run: str | None = None) -> Checkpoint | None:
     wrong: list[str] = []
     for path in _found(folder):
         try:
-            found = from_bytes_of(path)
+            found = read_checkpoint(path)
             if run is not None and found.run != run:
                 raise ValueError(f"{path} belongs to another run")
         except ValueError as cause:
@@ -94,8 +96,8 @@ def _found(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors"), reverse=True)
 
 
-def to_bytes(checkpoint: Checkpoint) -> bytes:
-    """A checkpoint as a safetensors file; a digest over the rest tells damage that leaves the file readable."""
+def _to_parts(checkpoint: Checkpoint) -> tuple[str, Arrays]:
+    """What becomes JSON, and what becomes tensors."""
     tensors = {f"model/{name}": array for name, array in checkpoint.arrays.items()}
     for level, found in checkpoint.statistics.items():
         for layer, (mean, variance) in (found or {}).items():
@@ -115,11 +117,11 @@ def to_bytes(checkpoint: Checkpoint) -> bytes:
             "facts": dict(checkpoint.facts),
         }
     )
-    return save(tensors, {"format": FORMAT, "checkpoint": text, "digest": _digest(text, tensors)})
+    return text, tensors
 
 
-def from_bytes_of(path: Path) -> Checkpoint:
-    """Read a file that `to_bytes` made.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint; its digest tells damage that leaves the file readable.
 
     Raises:
         ValueError: no such file, truncated, changed, or something else; names the file.
