@@ -139,17 +139,17 @@ def _numbered(
     """Walk the traced groups in state-dict order and give their channels consecutive numbers."""
     traced = _traced_groups(model, tensors, torch.zeros(2, *example_shape, device="meta"))
     position = {name: i for i, name in enumerate(tensors)}
-    traced.sort(key=lambda group: min(position[name] for name, axis, _, _ in group if axis == _out_axis(model, name)))
+    traced.sort(key=lambda group: min(position[name] for name, axis, _, _ in group if axis == out_axis(model, name)))
     axes: dict[str, list[np.ndarray | None]] = {name: [None] * len(shape) for name, shape in tensors.items()}
     groups: dict[str, range] = {}
     fixed: set[str] = set()
     start = 0
     for group in traced:
-        outputs = [name for name, axis, _, _ in group if axis == _out_axis(model, name)]
+        outputs = [name for name, axis, _, _ in group if axis == out_axis(model, name)]
         title = min(outputs, key=position.__getitem__).rpartition(".")[0]
         stop = start + 1 + max(int(roots.max()) for _, _, _, roots in group)
         groups[title] = range(start, stop)
-        if all(axis == _out_axis(model, name) for name, axis, _, _ in group):
+        if all(axis == out_axis(model, name) for name, axis, _, _ in group):
             fixed.add(title)  # units that feed no layer are the network's outputs
         for name, axis, places, roots in group:
             units = axes[name][axis]
@@ -249,7 +249,7 @@ def _entries(
                 yield tensor, axis, places, roots
 
 
-def _out_axis(model: nn.Module, tensor: str) -> int:
+def out_axis(model: nn.Module, tensor: str) -> int:
     module = model.get_submodule(tensor.rpartition(".")[0])
     return int(isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.endswith("weight"))
 
