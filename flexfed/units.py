@@ -250,6 +250,7 @@ def _entries(
 
 
 def out_axis(model: nn.Module, tensor: str) -> int:
+    """The axis of a tensor that its module's outputs stand on."""
     module = model.get_submodule(tensor.rpartition(".")[0])
     return int(isinstance(module, nn.modules.conv._ConvTransposeNd) and tensor.endswith("weight"))
 
