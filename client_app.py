@@ -48,10 +48,11 @@ def train(message: Message, context: Context) -> Message:
     task, data = _work(message, context)
     job = _job(message, context, task)
     folder = _state_folder(message, context)
-    job = replace(job, state=load_state(folder, job.server_round))
+    base = int(cast(int, _config(message)["private-round"]))
+    job = replace(job, state=load_state(folder, base))
     update = METHODS[_experiment(context).settings.strategy].local_update(job, task, data)
     if update.state:
-        save_state(folder, job.server_round, update.state)
+        save_state(folder, job.server_round, update.state, base)
     return Message(update_content(update), reply_to=message)
 
 

@@ -76,7 +76,7 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
     experiment = Experiment.read(config)
     settings = experiment.settings
     resumed = open_run(settings.resume, config) if settings.resume else None
-    if resumed and resumed.is_finished(settings.num_server_rounds, settings.stop_at_accuracy):
+    if resumed and resumed.is_finished:
         _show(resumed.folder)
         return resumed.folder.path
     torch.set_num_threads(settings.torch_threads)
@@ -90,22 +90,28 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
     else:  # a run that goes on was checked when it began
         check_parts(task.factory, task.layout, initial, task.input_shape)
     diary = Diary(config, settings, run_id, resumed)
-    transform["run"] = diary.folder.path.name
+    transform["run"] = stood.facts["run"] if stood else diary.folder.path.name
     strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write, stood)
-    _drive(strategy, grid, initial, diary.num_rounds_left())
-    diary.close()
+    try:
+        _drive(strategy, grid, initial, diary)
+    finally:
+        diary.close()
     if strategy.asked and not strategy.accepted:
         raise RuntimeError(f"no valid reply in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
     _finish(diary.folder, strategy)
     return diary.folder.path
 
 
-def _drive(strategy: SubmodelStrategy, grid: Grid, initial: Arrays, num_rounds: int) -> None:
+def _drive(strategy: SubmodelStrategy, grid: Grid, initial: Arrays, diary: Diary) -> None:
     """Run rounds until there are none left, or the strategy says that it is over."""
     settings = strategy.settings
     in_order = settings.reply_order == "cohort"
     streaming = StreamingGrid(grid, in_order, settings.replies_in_flight, 0.02 if in_order else 0.25)
     strategy.meet(streaming)
+    diary.begin(strategy.federation.num_partitions)
+    strategy.begin(initial)
+    diary.save(strategy.checkpoint())
+    num_rounds = diary.num_rounds_left()
     with _quiet_start(), suppress(RunOver):
         if num_rounds:
             strategy.start(streaming, to_record_of_arrays(initial), num_rounds, settings.round_timeout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from flexfed.batchnorm import Statistics
-from flexfed.runs import replacing
+from flexfed.tensorfile import read_tensors, write_tensors
 from flexfed.units import Arrays, Layout
 
 log = logging.getLogger("flwr")
@@ -54,14 +51,18 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `round-<number>.safetensors`, whole or not at all, and delete all but the newest `KEPT`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `round-<number>.safetensors`, and delete all but it and the newest before it.
+
+    Raises:
+        ValueError: a value of the strategy's state that JSON would give back changed; names it.
+    """
     path = folder / f"round-{checkpoint.server_round:08d}.safetensors"
-    text, tensors = _to_parts(checkpoint)
-    with replacing(path) as beside:
-        save_file(tensors, beside, {"format": FORMAT, "checkpoint": text, "digest": _digest(text, tensors)})
-    for old in _found(folder)[KEPT:]:
-        old.unlink()
+    write_tensors(path, FORMAT, *_to_parts(checkpoint))
+    others = [other for other in _found(folder) if other != path]
+    before = [other for other in others if other < path]
+    for other in others:
+        if other not in before[: KEPT - 1]:
+            other.unlink()
     return path
 
 
@@ -103,9 +104,7 @@ def _to_parts(checkpoint: Checkpoint) -> tuple[str, Arrays]:
         for layer, (mean, variance) in (found or {}).items():
             tensors[f"mean/{level}/{layer}"] = mean
             tensors[f"variance/{level}/{layer}"] = variance
-    plain = {key: value for key, value in checkpoint.state.items() if not isinstance(value, np.ndarray)}
     tensors |= {f"state/{key}": value for key, value in checkpoint.state.items() if isinstance(value, np.ndarray)}
-    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     text = json.dumps(
         {
             "round": checkpoint.server_round,
@@ -113,30 +112,37 @@ def _to_parts(checkpoint: Checkpoint) -> tuple[str, Arrays]:
             "metrics-bytes": checkpoint.metrics_bytes,
             "levels": {name: _as_text(packed) for name, packed in checkpoint.levels.items()},
             "statistics": {level: found is not None for level, found in checkpoint.statistics.items()},
-            "state": plain,
+            "state": _plain_state(checkpoint.state),
             "facts": dict(checkpoint.facts),
         }
     )
     return text, tensors
 
 
+def _plain_state(state: State) -> dict[str, Any]:
+    """The part of a state that is no array, if JSON gives it back as it is."""
+    plain = {key: value for key, value in state.items() if not isinstance(value, np.ndarray)}
+    for key, value in plain.items():
+        try:
+            same = json.loads(json.dumps(value)) == value
+        except TypeError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"state {key!r} must be an array, or numbers, strings, lists and mappings with string keys that JSON "
+                f"gives back as they are; got {value!r}"
+            )
+    return plain
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint; its digest tells damage that leaves the file readable.
+    """Read one checkpoint.
 
     Raises:
         ValueError: no such file, truncated, changed, or something else; names the file.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no checkpoint: expected format {FORMAT!r}, got {metadata.get('format')!r}")
-    if metadata.get("digest") != _digest(metadata["checkpoint"], tensors):
-        raise ValueError(f"{path} is damaged: its digest is not that of its content")
-    return _from_parts(json.loads(metadata["checkpoint"]), tensors)
+    text, tensors = read_tensors(path, FORMAT)
+    return _from_parts(json.loads(text), tensors)
 
 
 def _from_parts(told: Mapping[str, Any], tensors: Arrays) -> Checkpoint:
@@ -159,14 +165,6 @@ def _from_parts(told: Mapping[str, Any], tensors: Arrays) -> Checkpoint:
 
 def _under(tensors: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-
-
-def _digest(text: str, tensors: Arrays) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, array in sorted(tensors.items()):
-        digest.update(f"\0{name}\0{array.dtype}{array.shape}\0".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _as_text(packed: Mapping[str, bytes]) -> dict[str, str]:

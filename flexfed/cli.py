@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides, with_resumed
+from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides, resumed_supernodes, with_resumed
 
 if TYPE_CHECKING:
     from flexfed.compare import Comparison
@@ -59,7 +59,7 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
             raise ValueError("--cpus has no effect with --in-process, which trains one client after the other")
         known = defaults(app_dir)
         values = with_resumed(parse_overrides(texts, known))
-        devices = supernodes or head_supernodes([*texts, *_resumed_config(values)]) or SUPERNODES
+        devices = supernodes or head_supernodes(texts) or resumed_supernodes(values) or SUPERNODES
         # Before torch is imported: another number of threads changes the bits.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         whole = {**known, **values}
@@ -71,20 +71,13 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
         raise typer.Exit(run_simulation(app_dir, texts, devices, cpus))
 
 
-def _resumed_config(values: Mapping[str, Scalar]) -> list[str]:
-    """config.toml of the run that goes on: its head says how many devices it had."""
-    return [str(Path(str(values["resume"])) / "config.toml")] if values.get("resume") else []
-
-
 def _is_finished(values: Mapping[str, Scalar]) -> bool:
     """Whether the run that is resumed has nothing left to do; refuses one that cannot go on so."""
     from flexfed.config import Experiment
     from flexfed.resume import open_run
 
     settings = Experiment.read(values).settings
-    if not settings.resume:
-        return False
-    return open_run(settings.resume, values).is_finished(settings.num_server_rounds, settings.stop_at_accuracy)
+    return bool(settings.resume) and open_run(settings.resume, values).is_finished
 
 
 def check_configuration(values: Mapping[str, Scalar]) -> None:
@@ -378,8 +371,8 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except typer.Exit:  # a RuntimeError, too
         raise
-    except (ValueError, RuntimeError) as error:
-        if not isinstance(error, LaunchError) and not _is_ours(error):
+    except (ValueError, RuntimeError, OSError) as error:
+        if not isinstance(error, LaunchError | OSError) and not _is_ours(error):
             raise
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(1) from None

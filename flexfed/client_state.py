@@ -1,21 +1,19 @@
-"""A client's private state on its own disk: a version for each round it took part in, three of them kept.
+"""A client's private state on its own disk: a version for each round it took part in.
 
-A client asked for round k reads the newest version below k, whatever it saved later: a server that was killed and
-fell back to an earlier round finds its clients where they were then.
+The server remembers the round of each client's last accepted reply and names it in the next job: the client goes on
+from exactly that version. A reply that was lost or refused leaves no trace, and a server that fell back to an earlier
+checkpoint finds its clients where they were then.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
-
-from flexfed.runs import write_atomic
+from flexfed.runs import absolute_path
+from flexfed.tensorfile import read_tensors, write_tensors
 from flexfed.units import Arrays
 
-KEPT = 3  # the round in progress, its base, and one more for a server that fell back one checkpoint
+FORMAT = "flexfed client state 1"
 
 
 def state_folder(node_dir: str, state_dir: str, resume: str, runs_dir: str, run: str, partition: int) -> Path:
@@ -30,48 +28,51 @@ def state_folder(node_dir: str, state_dir: str, resume: str, runs_dir: str, run:
         runs_dir: where run folders are.
         run: name of the run.
         partition: the client.
+
+    Raises:
+        ValueError: the node's place is a relative path.
     """
+    if node_dir:
+        absolute_path("state-dir of the node-config", node_dir)
     if chosen := node_dir or state_dir:
         root = Path(chosen).expanduser() / run
     else:
-        moved = Path(resume).expanduser() / "clients"
-        root = moved if resume and moved.is_dir() else Path(runs_dir).expanduser() / run / "clients"
+        moved = Path(resume).expanduser()
+        is_here = bool(resume) and (moved / "config.toml").is_file()
+        root = (moved if is_here else Path(runs_dir).expanduser() / run) / "clients"
     return root / f"{partition:06d}"
 
 
-def load_state(folder: Path, server_round: int) -> Arrays:
-    """The newest version from before a round; nothing if there is none.
+def load_state(folder: Path, base: int) -> Arrays:
+    """The version of a round; nothing for round 0, when the client starts anew.
 
     Raises:
-        ValueError: it cannot be read; names the file.
+        ValueError: it is not there, or cannot be read; names the file.
     """
-    for path in reversed(_versions(folder)):
-        if _round_of(path) < server_round:
-            try:
-                return load_file(path)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"the private state {path} cannot be read ({error}); delete it to go on from the version before"
-                ) from error
-    return {}
+    if not base:
+        return {}
+    path = _path(folder, base)
+    if not path.is_file():
+        raise ValueError(
+            f"the private state of round {base} is missing: expected {path}; did state-dir change, or the device?"
+        )
+    return read_tensors(path, FORMAT)[1]
 
 
-def save_state(folder: Path, server_round: int, state: Arrays) -> None:
-    """Write the version of a round; later ones, of rounds that are run again, and all but `KEPT` are deleted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in _versions(folder):
-        if _round_of(path) > server_round:
-            path.unlink()
-    dense = {name: np.asarray(array, order="C") for name, array in state.items()}
-    write_atomic(folder / f"round-{server_round:08d}.safetensors", save(dense))
-    for path in _versions(folder)[:-KEPT]:
-        path.unlink()
+def save_state(folder: Path, server_round: int, state: Arrays, base: int) -> None:
+    """Write the version of a round, and delete all but it, its base, and the base's own.
+
+    The last is for a server that falls back one checkpoint; between them stand only replies that never counted.
+    """
+    write_tensors(_path(folder, server_round), FORMAT, "", state)
+    older = [number for number in _versions(folder) if number < base]
+    for number in set(_versions(folder)) - {server_round, base, *older[-1:]}:
+        _path(folder, number).unlink()
 
 
-def _versions(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("round-*.safetensors"))
+def _path(folder: Path, server_round: int) -> Path:
+    return folder / f"round-{server_round:08d}.safetensors"
 
 
-def _round_of(path: Path) -> int:
-    return int(path.stem.removeprefix("round-"))
+def _versions(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))

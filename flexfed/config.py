@@ -6,13 +6,13 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
 from flexfed.models import check_model, model_factory
+from flexfed.runs import absolute_path
 from flexfed.training import Training
 from flexfed.units import trace_layout
 
@@ -132,19 +132,6 @@ class Experiment:
         return Task(factory, layout, input_shape, num_classes, self.training, self.method)
 
 
-def absolute_path(key: str, value: str) -> None:
-    """Refuse a relative path: the server process has another working directory than the user.
-
-    Raises:
-        ValueError: names the key and the way out.
-    """
-    if not value.startswith("~") and not Path(value).is_absolute():
-        raise ValueError(
-            f"{key} must be an absolute path or begin with '~', got {value!r}: the run has another working "
-            "directory than you (`flexfed run` resolves relative paths)"
-        )
-
-
 def read(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Fill a dataclass from the keys that carry its fields' names, written with hyphens behind `prefix`.
 
@@ -162,6 +149,13 @@ def read(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 def keys_of(cls: type, prefix: str = "") -> dict[str, Any]:
     """Configuration key -> default, as it is written in pyproject.toml."""
     return {prefix + f.name.replace("_", "-"): _written(f.default) for f in fields(cls)}
+
+
+def defaults_of(strategy: str) -> dict[str, Any]:
+    """Every key that a run of a strategy reads, with its default."""
+    method = METHODS[strategy]
+    shared = {**keys_of(Settings), **keys_of(DataConfig), **keys_of(Training)}
+    return {**shared, **keys_of(method.config, method.prefix)}
 
 
 def _written(value: Any) -> Any:

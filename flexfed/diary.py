@@ -26,46 +26,60 @@ class Diary:
         self._settings = settings
         self._resumed = resumed
         self.folder = resumed.folder if resumed else RunFolder.named(settings.runs_dir, settings.strategy, run_id)
-        self._begun = False
+        self._num_bytes = 0  # of metrics.jsonl, as we left it
         self._last = time.monotonic()
         self._first: tuple[int, float] | None = None  # (round, when it ended)
         self.last_complaint = "see the log"
 
     @cached_property
     def _events(self) -> EventWriter:
-        return EventWriter(self.folder.path)
+        return EventWriter(self.folder.path, self._rounds_done + 1)
+
+    @property
+    def _rounds_done(self) -> int:
+        stood = self._resumed.checkpoint if self._resumed else None
+        return stood.server_round if stood else 0
 
     def num_rounds_left(self) -> int:
         """Rounds that are still to be run; what is behind the last checkpoint is run again."""
-        stood = self._resumed.checkpoint if self._resumed else None
-        done = stood.server_round if stood else 0
-        lines = [line for line in self._resumed.run.rounds if line["round"] <= done] if self._resumed else []
+        lines = self._resumed.rounds if self._resumed else []
         if is_over(lines, self._settings.num_server_rounds, self._settings.stop_at_accuracy):
             return 0
-        return self._settings.num_server_rounds - done
+        return self._settings.num_server_rounds - self._rounds_done
 
-    def _begin(self, clients: int) -> None:
-        """Late: a run that never gets through a round leaves no folder, and one that goes on loses nothing."""
-        if self._begun:
-            return
-        self._begun = True
+    def begin(self, clients: int) -> None:
+        """Make the run folder once the clients are there, so that a run that never begins leaves none.
+
+        Raises:
+            OSError: nothing can be written there.
+        """
         if self._resumed:
-            self._resumed.prepare(self._config, clients)
+            self._resumed.begin(self._config, clients)
         else:
             self.folder.begin(self._config, clients)
-            log.info("if this run is stopped, go on with resume='%s'", self.folder.path)
+        self._num_bytes = self.folder.num_bytes()
+        log.info("if this run is stopped, go on with: flexfed run -c \"resume='%s'\"", self.folder.path)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Where the run stands."""
+        marked = replace(checkpoint, run=run_identity(self._config), metrics_bytes=self._num_bytes)
+        save_checkpoint(self.folder.path / "checkpoint", marked)
 
     def write(self, line: dict[str, Any], checkpoint: Checkpoint) -> None:
-        """One round is over. The checkpoint comes last: a kill before it makes this round run again."""
-        self._begin(checkpoint.facts["clients"])
+        """One round is over. The checkpoint comes last: a kill before it makes this round run again.
+
+        Raises:
+            RuntimeError: somebody else writes to the run folder, too.
+        """
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        if self.folder.num_bytes() != self._num_bytes:
+            raise RuntimeError(f"another process writes to {self.folder.path}, too: end one, and resume")
         self.folder.append_round(line)
+        self._num_bytes = self.folder.num_bytes()
         self.folder.append_timing(line["round"], seconds)
         self._events.add(line)
-        length = (self.folder.path / "metrics.jsonl").stat().st_size
-        marked = replace(checkpoint, run=run_identity(self._config), metrics_bytes=length)
-        save_checkpoint(self.folder.path / "checkpoint", marked)
+        self.save(checkpoint)
         for complaint in [*line["failed"], *line["refused"]][-1:]:
             self.last_complaint = f"client {complaint['partition']} said: {complaint['reason']}"
         log.info(
@@ -80,6 +94,5 @@ class Diary:
         return pace * (self._settings.num_server_rounds - server_round)
 
     def close(self) -> None:
-        """Close what is open; a run that went on with nothing left to do may have begun nothing."""
-        if self._begun:
-            self._events.close()
+        """Close what is open."""
+        self._events.close()

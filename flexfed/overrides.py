@@ -116,11 +116,21 @@ def with_resumed(values: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """
     if not values.get("resume"):
         return dict(values)
-    return {**flatten(read_toml(Path(str(values["resume"])).expanduser() / "config.toml")), **values}
+    return {**flatten(read_toml(_resumed_config(values))), **values}
+
+
+def resumed_supernodes(values: Mapping[str, Scalar]) -> int | None:
+    """How many clients the run has that is resumed; None without one, or where it is not known."""
+    return _head_number(_resumed_config(values)) if values.get("resume") else None
+
+
+def _resumed_config(values: Mapping[str, Scalar]) -> Path:
+    return Path(str(values["resume"])).expanduser() / "config.toml"
 
 
 def _is_file(text: str) -> bool:
-    return text.strip().endswith(".toml") and "=" not in text
+    name = text.strip()
+    return name.endswith(".toml") and ("=" not in name or Path(name).expanduser().is_file())
 
 
 def _read_file(path: Path, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -131,6 +141,8 @@ def _read_file(path: Path, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
         check_known(values, known)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
+    if path.name == "resume.toml" and (path.parent / "config.toml").is_file():
+        values["resume"] = str(path.parent.resolve())  # the run beside it, wherever the folder is now
     return resolve_paths(values, path.parent)
 
 

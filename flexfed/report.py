@@ -237,15 +237,20 @@ def curves_png(rounds: Sequence[Metrics], path: Path, title: str) -> None:
 
 
 class EventWriter:
-    """TensorBoard events of a run; does nothing where tensorboard is not installed."""
+    """TensorBoard events of a run; does nothing where tensorboard is not installed.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the run.
+        first_round: of those to come; a run that goes on has told of later ones before it was killed.
+    """
+
+    def __init__(self, folder: Path, first_round: int = 1) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self._writer: Any = None
         else:
-            self._writer = SummaryWriter(str(folder))
+            self._writer = SummaryWriter(str(folder), purge_step=first_round)
 
     def add(self, metrics: Metrics) -> None:
         """Write one round's numbers, under their names in metrics.jsonl."""

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexfed.checkpoint import Checkpoint, load_checkpoint
+from flexfed.config import defaults_of
 from flexfed.overrides import Scalar
-from flexfed.runs import Metrics, Run, RunFolder, load_run
+from flexfed.runs import Metrics, RunFolder, load_run, read_config, read_rounds
+
+log = logging.getLogger("flwr")
 
 # What a continued run may be told anew: when it ends, and where things are. All else would make it another run.
 MAY_CHANGE = frozenset({"num-server-rounds", "stop-at-accuracy", "resume", "runs-dir"})
 
 
 def run_identity(config: Mapping[str, Scalar]) -> str:
-    """A short hash of what must not change in a run; 1 and 1.0 are the same."""
-    fixed = {key: _plain(value) for key, value in config.items() if key not in MAY_CHANGE}
+    """A short hash of what must not change in a run: of all that is not at its default, so that new keys are none."""
+    usual = defaults_of(str(config["strategy"]))
+    fixed = {k: _plain(v) for k, v in config.items() if k not in MAY_CHANGE and (k not in usual or v != usual[k])}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -29,33 +34,47 @@ def _plain(value: Scalar) -> Scalar:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run to be continued: its folder, and where it stands; None = killed before its first checkpoint."""
+    """A run to be continued.
+
+    Attributes:
+        folder: of the run.
+        config: its own.
+        checkpoint: where it stands; None = killed before its first one.
+        rounds: its lines up to there; what is behind is run again.
+        is_finished: nothing is left but to show the summary.
+    """
 
     folder: RunFolder
+    config: Mapping[str, Scalar]
     checkpoint: Checkpoint | None
-    run: Run
+    rounds: Sequence[Metrics]
+    is_finished: bool
 
-    def is_finished(self, num_rounds: int, stop_at_accuracy: float) -> bool:
-        """Whether nothing is left to do but to show the summary."""
-        return self.run.summary is not None and is_over(self.run.rounds, num_rounds, stop_at_accuracy)
-
-    def prepare(self, config: Mapping[str, Scalar], clients: int) -> None:
+    def begin(self, config: Mapping[str, Scalar], clients: int) -> None:
         """Make the folder fit to go on in: without what was written after the checkpoint."""
         found = self.checkpoint
         self.folder.cut(found.server_round if found else 0, found.metrics_bytes if found else 0)
-        self.folder.write_config({**config, "runs-dir": self.run.config.get("runs-dir", "")}, clients)
+        self.folder.write_config({**config, "runs-dir": self.config.get("runs-dir", "")}, clients)
 
 
 def open_run(path: str, config: Mapping[str, Scalar]) -> Resumed:
     """The run in a folder, if this configuration may continue it.
 
     Raises:
-        ValueError: no run folder, another configuration (names the keys that differ), or no readable checkpoint.
+        ValueError: no run folder, another configuration (names the keys that differ), no readable checkpoint, or
+            rounds that are lost.
     """
     folder = Path(path).expanduser()
-    run = load_run(folder)
-    refuse_other_configuration(folder, run.config, config)
-    return Resumed(RunFolder(folder), load_checkpoint(folder / "checkpoint", run_identity(config)), run)
+    own = read_config(folder)
+    refuse_other_configuration(folder, own, config)
+    goal: tuple[Any, Any] = (config["num-server-rounds"], config.get("stop-at-accuracy", 0.0))
+    if (folder / "summary.json").exists() and is_over((run := load_run(folder)).rounds, *goal):
+        return Resumed(RunFolder(folder), own, None, run.rounds, True)
+    found = load_checkpoint(folder / "checkpoint", run_identity(config))
+    rounds = read_rounds(folder, found.metrics_bytes if found else None)
+    if found is None and len(rounds) > 1:  # one line may be written before the first checkpoint
+        raise ValueError(f"{folder} has {len(rounds)} rounds, but no checkpoint to go on from: start the run anew")
+    return Resumed(RunFolder(folder), own, found, rounds if found else (), False)
 
 
 def refuse_other_configuration(folder: Path, own: Mapping[str, Scalar], given: Mapping[str, Scalar]) -> None:
@@ -64,11 +83,13 @@ def refuse_other_configuration(folder: Path, own: Mapping[str, Scalar], given: M
     Raises:
         ValueError: says which keys differ, and how to give the run its own.
     """
-    keys = sorted((own.keys() | given.keys()) - MAY_CHANGE)
+    usual = defaults_of(str(given["strategy"]))  # for keys that one of the two does not know yet
+    there, here = ({**usual, **values} for values in (own, given))
+    keys = sorted((there.keys() | here.keys()) - MAY_CHANGE)
     differing = [
-        f"{k} ({own.get(k, 'absent')!r} there, {given.get(k, 'absent')!r} now)"
-        for k in keys
-        if own.get(k) != given.get(k)
+        f"{key} ({there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} now)"
+        for key in keys
+        if there.get(key) != here.get(key)
     ]
     if differing:
         raise ValueError(
@@ -91,3 +112,27 @@ def reached(line: Metrics, stop_at_accuracy: float) -> bool:
     """Whether a round's global model is as good as asked for; 0 = never."""
     accuracy: Any = line.get("accuracy")
     return bool(stop_at_accuracy) and accuracy is not None and accuracy >= stop_at_accuracy
+
+
+def refuse_other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Stop where a run would go on with other clients or other data; warn where only the code is another.
+
+    Args:
+        before: facts of its checkpoint.
+        now: the same of the run that goes on.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    if before["clients"] != now["clients"]:
+        raise ValueError(
+            f"the run had {before['clients']} clients, now there are {now['clients']}, so their data would be others; "
+            f"give it {before['clients']}"
+        )
+    for key in ("num-classes", "input-shape", "input-mean", "input-std"):
+        if before[key] != now[key]:
+            raise ValueError(f"the run's data have changed: {key} was {before[key]}, is {now[key]}")
+    if before["code"] != now["code"]:
+        log.warning(
+            "the run was begun by other code (%s) than this (%s): its bits may differ", before["code"], now["code"]
+        )

@@ -69,13 +69,8 @@ class RunFolder:
         Raises:
             ValueError: `runs_dir` is relative.
         """
-        root = Path(runs_dir).expanduser()
-        if not root.is_absolute():
-            raise ValueError(
-                f"runs-dir must be absolute or start with ~, got {str(runs_dir)!r}: the server's working "
-                "directory is not yours (`flexfed run` resolves relative paths, `flwr run` cannot)"
-            )
-        return cls(root / f"{now or datetime.now():%Y%m%d-%H%M%S}-{strategy}-{run_id}")
+        absolute_path("runs-dir", str(runs_dir))
+        return cls(Path(runs_dir).expanduser() / f"{now or datetime.now():%Y%m%d-%H%M%S}-{strategy}-{run_id}")
 
     def begin(self, config: Mapping[str, Scalar], clients: int = 0) -> None:
         """Make the folder and write its configuration; clients may have put their private state there already.
@@ -109,21 +104,19 @@ class RunFolder:
             write_atomic(self.path / name, text.encode())
 
     def cut(self, server_round: int, metrics_bytes: int) -> None:
-        """Take back what a killed server wrote after its last checkpoint.
-
-        Raises:
-            ValueError: metrics.jsonl is shorter than the checkpoint says.
-        """
+        """Take back what a killed server wrote after its last checkpoint."""
         metrics = self.path / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
-        if size < metrics_bytes:
-            raise ValueError(f"{metrics} has {size} bytes, {metrics_bytes} at round {server_round}: lines are lost")
         if metrics.exists():
             os.truncate(metrics, metrics_bytes)
         timing = [line for line in _read_lines(self.path / "timing.jsonl") if line.get("round", 0) <= server_round]
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in timing)
         write_atomic(self.path / "timing.jsonl", text.encode())
         (self.path / "summary.json").unlink(missing_ok=True)
+
+    def num_bytes(self) -> int:
+        """Length of metrics.jsonl."""
+        metrics = self.path / "metrics.jsonl"
+        return metrics.stat().st_size if metrics.exists() else 0
 
     def append_round(self, metrics: Metrics) -> None:
         """Add one round's line to metrics.jsonl: sorted keys, NaN and infinity as null.
@@ -161,6 +154,19 @@ class RunFolder:
         curves_png(run.rounds, self.path / "curves.png", title_of(summary))
         write_atomic(self.path / "summary.json", (json.dumps(_plain(summary), indent=2) + "\n").encode())
         return summary
+
+
+def absolute_path(key: str, value: str) -> None:
+    """Refuse a relative path: the server process has another working directory than the user.
+
+    Raises:
+        ValueError: names the key and the way out.
+    """
+    if not value.startswith("~") and not Path(value).is_absolute():
+        raise ValueError(
+            f"{key} must be an absolute path or begin with '~', got {value!r}: the run has another working "
+            "directory than you (`flexfed run` resolves relative paths)"
+        )
 
 
 def leaves_devices_out(summary: Mapping[str, Any] | None) -> bool:
@@ -224,23 +230,45 @@ def load_run(path: str | Path) -> Run:
         ValueError: not a run folder (no config.toml), or a file in it is damaged; the message names it.
     """
     folder = Path(path).expanduser()
-    if not (folder / "config.toml").is_file():
-        raise ValueError(f"{folder} is no run folder: it has no config.toml")
     timing = _read_lines(folder / "timing.jsonl")
     return Run(
         path=folder,
-        config=flatten(read_toml(folder / "config.toml")),
+        config=read_config(folder),
         rounds=_read_lines(folder / "metrics.jsonl"),
         timing={line["round"]: line["seconds"] for line in timing if {"round", "seconds"} <= line.keys()},
         summary=_read_summary(folder / "summary.json"),
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_config(folder: Path) -> dict[str, Scalar]:
+    """The configuration of a run, flat.
+
+    Raises:
+        ValueError: not a run folder.
+    """
+    if not (folder / "config.toml").is_file():
+        raise ValueError(f"{folder} is no run folder: it has no config.toml")
+    return flatten(read_toml(folder / "config.toml"))
+
+
+def read_rounds(folder: Path, num_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The rounds of a run, or those in the first bytes of metrics.jsonl.
+
+    Raises:
+        ValueError: a line is damaged, or the file is shorter.
+    """
+    path = folder / "metrics.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    if num_bytes is not None and size < num_bytes:
+        raise ValueError(f"{path} has {size} bytes, but had {num_bytes} at the last checkpoint: rounds are lost")
+    return _read_lines(path, num_bytes)
+
+
+def _read_lines(path: Path, num_bytes: int | None = None) -> list[dict[str, Any]]:
     """The records of a .jsonl file; a last line without its end (a writer killed in it) is left out."""
     if not path.exists():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _torn = path.read_bytes()[:num_bytes].decode().split("\n")
     return [_parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 

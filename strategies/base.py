@@ -23,6 +23,7 @@ from flexfed.evaluation import level_statistics, measure_levels, with_statistics
 from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
     cause_of,
+    code_fingerprint,
     from_record_of_arrays,
     job_content,
     num_bytes,
@@ -33,7 +34,7 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
 )
 from flexfed.jobs import Assignment, Scalar, Task, Update
-from flexfed.resume import reached
+from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays
 from strategies.record import RoundRecord
@@ -85,10 +86,14 @@ class SubmodelStrategy(Strategy):
         self._sent_beside: dict[int, int] = {}  # partition -> bytes of the last query or test sent to it
         self._statistics: Mapping[str, Statistics | None] = {}
         self._resumed = resumed
+        self._begun = False
+        self._private_rounds: dict[int, int] = {}  # partition -> round of its last accepted private state
         self._offset = 0  # Flower's `start` counts from 1 again
         if resumed is not None:
-            self._arrays, self._statistics, self._offset = resumed.arrays, resumed.statistics, resumed.server_round
+            self._statistics, self._offset = resumed.statistics, resumed.server_round
+            self.record = RoundRecord(resumed.server_round)
             self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
+            self._private_rounds = {int(p): r for p, r in resumed.facts["private-rounds"].items()}
 
     # What a method says -------------------------------------------------------------------------------------
 
@@ -188,7 +193,9 @@ class SubmodelStrategy(Strategy):
         server_round += self._offset
         self._arrays = from_record_of_arrays(arrays)
         self.record = RoundRecord(server_round)
-        self.meet(grid)
+        if not self._begun:
+            self.meet(grid)
+            self.begin(self._arrays)
         rng = np.random.default_rng([self.settings.seed, server_round])
         devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
         self._assigned = dict(sorted(self.assign(server_round, devices, rng).items()))
@@ -197,49 +204,49 @@ class SubmodelStrategy(Strategy):
         return self._jobs(server_round)
 
     def meet(self, grid: Grid) -> None:
-        """Get to know the devices, once; then prepare, or take up what a run that goes on had prepared.
+        """Get to know the devices.
 
         Raises:
-            ValueError: the run had another number of clients when it was left.
+            ValueError: the run that goes on had other clients or other data when it was left.
         """
-        if self.federation.devices:
-            return
         self.federation.meet(grid, self.settings.round_timeout)
-        self._prepare_or_go_on()
-        left_out = [p for p, device in self.federation.devices.items() if not self.can_train(device)]
-        if left_out:
-            log.info(
-                "%s of %s devices cannot train: partitions %s", len(left_out), len(self.federation.devices), left_out
-            )
+        if self._resumed is not None:
+            refuse_other_data(self._resumed.facts, self._facts())
 
-    def _prepare_or_go_on(self) -> None:
+    def begin(self, arrays: Arrays) -> None:
+        """Prepare, once the devices are known; or take up what a run that goes on had prepared."""
+        self._arrays, self._begun = arrays, True
         if self._resumed is None:
             self.prepare()
-            return
-        before, now = self._resumed.facts["clients"], self.federation.num_partitions
-        if before != now:
-            raise ValueError(
-                f"the run had {before} clients, now there are {now}; their data would be others: give it {before}"
-            )
-        self.load_state_dict(self._resumed.state)
+        else:
+            self.load_state_dict(self._resumed.state)
+        left_out = [p for p, device in self.federation.devices.items() if not self.can_train(device)]
+        if left_out:
+            num = len(self.federation.devices)
+            log.info("%s of %s devices cannot train: partitions %s", len(left_out), num, left_out)
 
-    def checkpoint(self, server_round: int) -> Checkpoint:
-        """All that is needed to go on after a round."""
+    def checkpoint(self) -> Checkpoint:
+        """All that is needed to go on after the last finished round."""
         return Checkpoint(
-            server_round,
-            self._arrays,
-            {name: pack(level) for name, level in self.levels().items()},
-            self._statistics,
-            self.state_dict(),
-            {
-                "strategy": self.settings.strategy,
-                "model": self.settings.model,
-                "clients": self.federation.num_partitions,
-                "asked": self.asked,
-                "accepted": self.accepted,
-                **self.transform,
-            },
+            server_round=self.record.server_round,
+            arrays=self._arrays,
+            levels={name: pack(level) for name, level in self.levels().items()},
+            statistics=self._statistics,
+            state=self.state_dict(),
+            facts=self._facts(),
         )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "strategy": self.settings.strategy,
+            "model": self.settings.model,
+            "clients": self.federation.num_partitions,
+            "code": code_fingerprint(),
+            "asked": self.asked,
+            "accepted": self.accepted,
+            "private-rounds": {str(partition): r for partition, r in self._private_rounds.items()},
+            **self.transform,
+        }
 
     @property
     def arrays(self) -> Arrays:
@@ -251,7 +258,8 @@ class SubmodelStrategy(Strategy):
         for partition, assignment in self._assigned.items():
             part = self._part(parts, assignment.submodel)
             seed = self.seed_of(server_round, partition)
-            content = job_content(part, assignment, seed, server_round, self.transform)
+            base = self._private_rounds.get(partition, 0)
+            content = job_content(part, assignment, seed, server_round, {**self.transform, "private-round": base})
             message = self.federation.message(partition, content, "train", server_round)
             self.record.bytes_down[partition] = num_bytes(message)
             yield message
@@ -304,6 +312,8 @@ class SubmodelStrategy(Strategy):
             raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
         averager.add(update.submodel, update.difference, self.weigh(update))
         self.record.count(self.federation.devices[partition], level, update, num_bytes(reply))
+        if update.metrics.get("kept-state"):
+            self._private_rounds[partition] = server_round
         self.observe(server_round, partition, update)
 
     def _note(self, where: list[dict[str, Any]], partition: int, reason: str) -> None:
@@ -374,7 +384,7 @@ class SubmodelStrategy(Strategy):
                 self._note(self.record.failed, partition, str(cause))
         line = self.record.line()
         if self.on_round is not None:
-            self.on_round(line, self.checkpoint(server_round))
+            self.on_round(line, self.checkpoint())
         if reached(line, self.settings.stop_at_accuracy):
             raise RunOver
         return None

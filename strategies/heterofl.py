@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from flexfed.batchnorm import BatchNormSums, Statistics, add_sums, norm_widths, statistics, unpack_sums
+from flexfed.checkpoint import State
 from flexfed.cost import shares
 from flexfed.devices import Device
 from flexfed.evaluation import level_statistics
@@ -66,6 +67,14 @@ class HeteroFL(WidthStrategy):
     def _fixed(self) -> np.ndarray:
         method = self.task.method
         return fixed_levels(len(self.federation.devices), parse_shares(method.shares, len(method.ratios)))
+
+    def state_dict(self) -> State:
+        """The levels drawn last."""
+        return {} if self._dynamic is None else {"dynamic": self._dynamic}
+
+    def load_state_dict(self, state: State) -> None:
+        """Put them back."""
+        self._dynamic = state.get("dynamic")
 
     def assign(
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator

@@ -37,14 +37,13 @@ class RememberingConfig(heterofl.HeteroFLConfig):
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """HeteroFL's, plus a push that grows with all that this client has seen."""
     update = heterofl.local_update(job, task, data)
-    seen = job.state.get("seen", np.zeros(2))
-    seen = seen + [1.0, job.server_round / 7]
+    seen = job.state.get("seen", np.zeros(2)) + [1.0, job.server_round / 7]
     pushed = update.difference + np.float32(1e-5 * seen.sum())
     return Update(update.submodel, pushed, update.weight, update.metrics, {"seen": seen})
 
 
 class Remembering(HeteroFL):
-    """HeteroFL with server momentum, and a count of who took part."""
+    """HeteroFL with server momentum, and the sum of the rounds in which each client took part."""
 
     momentum: Arrays
     counts: dict[str, int]
@@ -54,11 +53,11 @@ class Remembering(HeteroFL):
         self.counts = {}
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
-        self.counts[str(partition)] = self.counts.get(str(partition), 0) + 1
+        self.counts[str(partition)] = self.counts.get(str(partition), 0) + server_round
 
     def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
         self.momentum = {n: 0.5 * m + averaged[n] - previous[n] for n, m in self.momentum.items()}
-        pull = np.float32(1 + 1e-3 * sum(self.counts.values()))
+        pull = np.float32(1 + 1e-4 * sum(self.counts.values()))
         return {name: previous[name] + pull * m for name, m in self.momentum.items()}
 
     def state_dict(self) -> State:

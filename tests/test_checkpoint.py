@@ -69,6 +69,21 @@ def test_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
     assert found.server_round == 10
 
 
+def test_what_lies_above_the_round_saved_is_of_a_run_that_was_taken_back(tmp_path: Path) -> None:
+    for server_round in (4, 98, 99):
+        save_checkpoint(tmp_path, checkpoint(server_round))
+    (tmp_path / "round-00000004.safetensors").unlink(missing_ok=True)
+    save_checkpoint(tmp_path, checkpoint(5))
+    assert [path.name for path in tmp_path.iterdir()] == ["round-00000005.safetensors"]
+
+
+def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
+    for value in ((1, 2), {1: 2}, np.float32(0.5), [np.zeros(2)], {"a": {3}}, float("nan")):
+        with pytest.raises(ValueError, match="state 'arms' must be an array, or numbers, strings, lists and mappings"):
+            save_checkpoint(tmp_path, replace(checkpoint(), state={"arms": value}))
+    assert not list(tmp_path.iterdir())
+
+
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -100,7 +115,7 @@ def be_text(path: Path) -> None:
         (truncate, "cannot be read, it may be truncated"),
         (flip_a_bit, "is damaged"),
         (change_a_number, "is damaged"),
-        (be_a_model, "is no checkpoint: expected format"),
+        (be_a_model, "is no flexfed checkpoint 1: its format is None"),
         (be_text, "cannot be read"),
     ],
 )
@@ -144,6 +159,10 @@ def test_a_kill_while_it_is_written_leaves_the_one_before(tmp_path: Path, monkey
     found = load_checkpoint(tmp_path)
     assert found is not None
     assert found.server_round == 4
+    (tmp_path / ".round-00000005.safetensors.77.tmp").write_bytes(b"half")  # a real kill sweeps nothing
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, checkpoint(6))
+    assert sorted(path.name[:14] for path in tmp_path.iterdir()) == ["round-00000004", "round-00000006"]
 
 
 def test_a_network_of_another_shape_is_refused() -> None:

@@ -18,48 +18,75 @@ def kept(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("round-")) for path in folder.iterdir())
 
 
-def test_a_client_reads_the_newest_version_below_its_round(tmp_path: Path) -> None:
-    assert load_state(tmp_path / "none", 5) == {}
-    for server_round in (2, 5, 9):
-        save_state(tmp_path, server_round, state(server_round))
-    for asked, found in ((2, None), (3, 2), (5, 2), (6, 5), (9, 5), (10, 9), (99, 9)):
-        assert same_bits(load_state(tmp_path, asked), {} if found is None else state(found)), asked
+def test_a_client_goes_on_from_the_round_that_the_server_names(tmp_path: Path) -> None:
+    assert load_state(tmp_path, 0) == {}
+    save_state(tmp_path, 2, state(2), base=0)
+    save_state(tmp_path, 5, state(5), base=2)
+    assert same_bits(load_state(tmp_path, 5), state(5))
+    assert same_bits(load_state(tmp_path, 2), state(2))
+    assert load_state(tmp_path, 0) == {}
 
 
-def test_three_versions_are_kept(tmp_path: Path) -> None:
-    for server_round in (1, 2, 4, 8, 16):
-        save_state(tmp_path, server_round, state(server_round))
+def test_a_round_its_base_and_the_bases_own_are_kept(tmp_path: Path) -> None:
+    for base, server_round in ((0, 1), (1, 2), (2, 4), (4, 8), (8, 16)):
+        save_state(tmp_path, server_round, state(server_round), base)
     assert kept(tmp_path) == [4, 8, 16]
 
 
+def test_replies_that_never_counted_leave_no_trace(tmp_path: Path) -> None:
+    """However many they are: what counts stays, and so does what a server that falls back needs."""
+    save_state(tmp_path, 1, state(1), base=0)
+    save_state(tmp_path, 2, state(2), base=1)
+    for lost in (3, 4, 5, 6):
+        save_state(tmp_path, lost, state(lost), base=2)
+        assert same_bits(load_state(tmp_path, 2), state(2))
+    save_state(tmp_path, 7, state(7), base=2)
+    assert kept(tmp_path) == [1, 2, 7]
+
+
 def test_a_server_that_fell_back_finds_the_client_where_it_was_then(tmp_path: Path) -> None:
-    for server_round in (7, 8, 9):
-        save_state(tmp_path, server_round, state(server_round))
-    assert same_bits(load_state(tmp_path, 8), state(7))  # the server had only round 7 on disk
-    save_state(tmp_path, 8, state(80))
-    assert kept(tmp_path) == [7, 8]  # round 9 has not happened yet
-    assert same_bits(load_state(tmp_path, 9), state(80))
+    for base, server_round in ((0, 7), (7, 8), (8, 9)):
+        save_state(tmp_path, server_round, state(server_round), base)
+    assert same_bits(load_state(tmp_path, 7), state(7))
+    save_state(tmp_path, 8, state(80), base=7)
+    assert same_bits(load_state(tmp_path, 8), state(80))
+    assert kept(tmp_path) == [7, 8]
 
 
-def test_a_damaged_version_is_named(tmp_path: Path) -> None:
-    save_state(tmp_path, 3, state(3))
-    save_state(tmp_path, 4, state(4))
+def test_a_version_that_is_not_there_is_an_error_and_no_new_start(tmp_path: Path) -> None:
+    save_state(tmp_path, 3, state(3), base=0)
+    with pytest.raises(ValueError, match=r"the private state of round 2 is missing: expected .*round-00000002"):
+        load_state(tmp_path, 2)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    save_state(tmp_path, 3, state(3), base=0)
+    save_state(tmp_path, 4, state(4), base=3)
+    path = tmp_path / "round-00000003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"round-00000003.safetensors is damaged"):
+        load_state(tmp_path, 3)
     os.truncate(tmp_path / "round-00000004.safetensors", 20)
-    with pytest.raises(ValueError, match=r"round-00000004.safetensors cannot be read .*; delete it to go on"):
-        load_state(tmp_path, 5)
-    assert same_bits(load_state(tmp_path, 4), state(3))
+    with pytest.raises(ValueError, match=r"round-00000004.safetensors cannot be read, it may be truncated"):
+        load_state(tmp_path, 4)
 
 
 def test_a_write_that_is_cut_short_leaves_the_old_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_state(tmp_path, 3, state(3))
+    save_state(tmp_path, 3, state(3), base=0)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_state(tmp_path, 4, state(4))
-    assert same_bits(load_state(tmp_path, 5), state(3))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_state(tmp_path, 4, state(4), base=3)
+    assert same_bits(load_state(tmp_path, 3), state(3))
+    (tmp_path / ".round-00000004.safetensors.77.tmp").write_bytes(b"half")  # a kill sweeps nothing
+    save_state(tmp_path, 4, state(4), base=3)
+    assert kept(tmp_path) == [3, 4]
 
 
 def test_where_the_state_lies(tmp_path: Path) -> None:
@@ -71,9 +98,12 @@ def test_where_the_state_lies(tmp_path: Path) -> None:
         (("/mnt/card", "/shared", "", runs), Path("/mnt/card/day1")),
     ):
         assert state_folder(*places, run="day1", partition=7) == expected / "000007"
-    (tmp_path / "old" / "day1" / "clients").mkdir(parents=True)  # in simulation, and moved
+    (tmp_path / "old" / "day1").mkdir(parents=True)
+    (tmp_path / "old" / "day1" / "config.toml").touch()  # in simulation, and moved
     assert state_folder("", "", old, runs, "day1", 7) == tmp_path / "old/day1/clients/000007"
     assert state_folder("", "/shared", old, runs, "day1", 7) == Path("/shared/day1/000007")
+    with pytest.raises(ValueError, match="state-dir of the node-config must be an absolute path"):
+        state_folder("card", "", "", runs, "day1", 7)
 
 
 def test_a_tilde_is_the_devices_own_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+from flwr.app import Message
 from remembering import CLIENTS, NAME, registered
-from toy import QUICK, ROOT, InProcessGrid, lines, toy_config
+from toy import QUICK, ROOT, InProcessGrid, failure, lines, run_toy, toy_config, with_difference
 
 import client_app
 import server_app
 from flexfed import diary
+from flexfed.checkpoint import load_checkpoint, save_checkpoint
 from flexfed.client_state import load_state
-from flexfed.overrides import defaults, with_resumed
+from flexfed.overrides import defaults, parse_overrides, with_resumed
 from flexfed.resume import run_identity
 from flexfed.runs import RunFolder, load_run
 from strategies import STRATEGIES
@@ -115,14 +120,84 @@ def test_law_9_wherever_it_was_killed(
     left = killed_run(tmp_path, {"strategy": NAME}, where, server_round)
     go_on(left)
     assert same_run(left, whole(NAME))
-    assert list(load_run(left).timing) == [1, 2, 3]
+    assert [json.loads(line)["round"] for line in (left / "timing.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 def test_clients_keep_three_versions_of_their_state_in_the_run_folder(whole: Callable[[str], Path]) -> None:
     folder = whole(NAME) / "clients" / "000002"
-    assert 1 <= len(list(folder.iterdir())) <= 3
-    assert load_state(folder, ROUNDS + 1)["seen"][0] >= 1
+    assert [path.name for path in sorted(folder.iterdir())] == [f"round-{r:08d}.safetensors" for r in (1, 2, 3)]
+    assert load_state(folder, ROUNDS)["seen"].tolist() == [3.0, pytest.approx(6 / 7)]
     assert not (whole("heterofl") / "clients").exists()
+
+
+@pytest.mark.parametrize("kind", ["lost", "refused"])
+def test_law_2_a_reply_that_never_counted_leaves_no_trace_on_its_client(kind: str, tmp_path: Path) -> None:
+    """A client whose first reply is lost or refused is afterwards as one that failed before it trained."""
+
+    def lose(request: Message, reply: Message, partition: int) -> Message | None:
+        if partition != 1 or request.metadata.message_type != "train" or request.metadata.group_id != "1":
+            return reply
+        return failure(request) if kind == "lost" else with_difference(reply, lambda flat: flat * np.nan)
+
+    def fail(request: Message, reply: Message, partition: int) -> Message:
+        first = partition == 1 and request.metadata.message_type == "train" and request.metadata.group_id == "1"
+        if first:
+            for path in (tmp_path / "failed").rglob("clients/000001/*"):
+                path.unlink()
+        return failure(request) if first else reply
+
+    values = {"num-server-rounds": ROUNDS}
+    one = run_toy(tmp_path / "lost", NAME, values, alter=lose)
+    other = run_toy(tmp_path / "failed", NAME, values, alter=fail)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["", "state"])
+def test_a_run_folder_may_be_renamed(place: str, tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    values = {"strategy": NAME, "state-dir": str(tmp_path / place) if place else ""}
+    left = killed_run(tmp_path / "runs", values, "after it", 2)
+    moved = left.rename(tmp_path / "elsewhere")
+    go_on(moved)
+    assert same_run(moved, whole(NAME))
+    assert not left.exists()
+    assert place == "" or [path.name for path in (tmp_path / place).iterdir()] == [left.name]
+
+
+def test_a_node_may_keep_its_state_in_a_place_of_its_own(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "runs", NAME, {"state-dir": str(tmp_path / "shared")})
+    grid = InProcessGrid(client_app.app, CLIENTS, config)
+    next(iter(grid._contexts.values())).node_config["state-dir"] = str(tmp_path / "card")
+    left = server_app.run(grid, config, "places00")
+    assert [path.name for path in (tmp_path / "card" / left.name).iterdir()] == ["000000"]
+    assert sorted(path.name for path in (tmp_path / "shared" / left.name).iterdir()) == ["000001", "000002", "000003"]
+
+
+def test_state_that_is_gone_makes_its_client_fail_and_not_start_anew(tmp_path: Path) -> None:
+    left = killed_run(tmp_path, {"strategy": NAME}, "after it", 2)
+    shutil.rmtree(left / "clients" / "000003")
+    go_on(left)
+    (last,) = [line for line in lines(left) if line["round"] == 3]
+    assert [f["partition"] for f in last["failed"]] == [3]
+    assert "the private state of round 2 is missing" in last["failed"][0]["reason"]
+
+
+def test_preparation_is_taken_up_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = killed_run(tmp_path, {"strategy": "flexfl"}, "before its line", 1)
+    assert [path.name for path in (left / "checkpoint").iterdir()] == ["round-00000000.safetensors"]
+    monkeypatch.setattr("strategies.flexfl.measure_scores", lambda *_: pytest.fail("trained again"))
+    go_on(left)
+    assert load_run(left).summary is not None
+
+
+def test_resume_toml_is_the_run_wherever_its_folder_is(tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    left = killed_run(tmp_path, {"strategy": "heterofl"}, "after it", 1)
+    moved = shutil.copytree(left, tmp_path / "copy")
+    values = parse_overrides([str(moved / "resume.toml")], defaults(ROOT))
+    assert values["resume"] == str(moved)
+    config = {**defaults(ROOT), **values}
+    server_app.run(InProcessGrid(client_app.app, CLIENTS, config), config, "unused00")
+    assert same_run(moved, whole("heterofl"))
+    assert len(lines(left)) == 1
 
 
 def test_a_finished_run_shows_its_summary_and_changes_nothing(
@@ -144,6 +219,7 @@ def test_a_finished_run_goes_on_when_more_rounds_are_asked_for(tmp_path: Path) -
     long = run(tmp_path / "b", {"strategy": NAME, "num-server-rounds": 4})
     assert same_run(short, long)
     found = load_run(short)
+    assert found.config["runs-dir"] == str(tmp_path / "a")
     assert found.summary is not None
     assert found.summary["rounds"] == found.config["num-server-rounds"] == 4
 
@@ -173,18 +249,106 @@ def test_a_damaged_checkpoint_makes_one_more_round_run_again(
 
 def test_no_checkpoint_that_can_be_read_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
     left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 1)
-    (left / "checkpoint" / "round-00000001.safetensors").write_bytes(b"nonsense")
+    for path in (left / "checkpoint").iterdir():
+        path.write_bytes(b"nonsense")
     before = (left / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"no checkpoint in .* can be used"):
         go_on(left)
     assert (left / "metrics.jsonl").read_bytes() == before
 
 
-def test_lost_lines_are_an_error(tmp_path: Path) -> None:
-    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
+@pytest.mark.parametrize("server_round", [2, ROUNDS])
+def test_lost_rounds_are_an_error(server_round: int, tmp_path: Path) -> None:
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", server_round)
     os.truncate(left / "metrics.jsonl", 10)
-    with pytest.raises(ValueError, match=r"metrics.jsonl has 10 bytes, \d+ at round 2: lines are lost"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 10 bytes, but had \d+ at the last checkpoint: rounds are"):
         go_on(left)
+    assert not (left / "summary.json").exists()
+
+
+def test_rounds_without_a_checkpoint_are_not_run_over(tmp_path: Path) -> None:
+    done = run(tmp_path, {"strategy": "fedavg"})
+    shutil.rmtree(done / "checkpoint")
+    before = (done / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"has 3 rounds, but no checkpoint to go on from"):
+        go_on(done, {"num-server-rounds": 5})
+    assert (done / "metrics.jsonl").read_bytes() == before
+    assert go_on(done) == done  # its summary needs none
+
+
+def test_a_run_that_is_over_by_a_new_goal_ends_where_its_checkpoint_is(tmp_path: Path) -> None:
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "before its checkpoint", 3)
+    goal = lines(left)[1]["accuracy"]
+    go_on(left, {"stop-at-accuracy": goal})
+    found = load_run(left)
+    assert found.summary is not None
+    assert found.summary["rounds"] == len(found.rounds) == 2
+    assert found.config["stop-at-accuracy"] == goal
+    two = run(tmp_path / "two", {"strategy": "fedavg", "num-server-rounds": 2})
+    assert same_run(left, two)
+
+
+def test_what_a_killed_writer_left_behind_the_checkpoint_is_cut(tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
+    with (left / "metrics.jsonl").open("ab") as file:
+        file.write(b"\x00\x00 half a li\nne")
+    go_on(left)
+    assert same_run(left, whole("fedavg"))
+
+
+def test_a_second_server_in_the_same_folder_is_noticed(tmp_path: Path) -> None:
+    def write_too(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.group_id == "2" and partition == 0 and request.metadata.message_type == "train":
+            (folder,) = tmp_path.iterdir()
+            RunFolder(folder).append_round({"round": 2})
+        return reply
+
+    with pytest.raises(RuntimeError, match=r"another process writes to .*, too: end one, and resume"):
+        run_toy(tmp_path, "fedavg", {"num-server-rounds": 3}, alter=write_too)
+
+
+def test_other_data_are_refused_and_other_code_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(server_app, "normalisation", lambda samples: ((0.25,), (0.5,)))
+        with pytest.raises(ValueError, match=r"the run's data have changed: input-mean was \[.*\], is \[0.25\]"):
+            go_on(left)
+    found = load_checkpoint(left / "checkpoint")
+    assert found is not None
+    save_checkpoint(left / "checkpoint", replace(found, facts={**found.facts, "code": "other"}))
+    go_on(left)
+    assert "the run was begun by other code (other) than this (" in caplog.text
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
+    found = load_checkpoint(left / "checkpoint")
+    assert found is not None
+    arrays = {**found.arrays, "fc.weight": np.zeros((3, 3), dtype=np.float32)}
+    save_checkpoint(left / "checkpoint", replace(found, arrays=arrays))
+    with pytest.raises(ValueError, match=r"tensor 'fc.weight' should have shape .*, got \(3, 3\)"):
+        go_on(left)
+
+
+def test_a_key_that_a_run_does_not_know_yet_has_its_default(tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
+    for name in ("config.toml", "resume.toml"):
+        text = (left / name).read_text()
+        assert "round-deadline = 0.0" in text
+        (left / name).write_text(text.replace("round-deadline = 0.0\n", ""))
+    go_on(left)
+    assert same_run(left, whole("fedavg"))
+
+
+def test_the_record_counts_what_came_before(tmp_path: Path) -> None:
+    """A run whose every later reply fails has had valid ones."""
+    left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
+    with patch.object(client_app, "load_client", side_effect=OSError("no disk")):
+        client_app._data.cache_clear()
+        go_on(left)
+    assert [len(line["failed"]) > 0 for line in lines(left)] == [False, False, True]
 
 
 def test_another_configuration_is_refused_and_says_which_keys_differ(whole: Callable[[str], Path]) -> None:
@@ -205,7 +369,7 @@ def test_another_configuration_is_refused_and_says_which_keys_differ(whole: Call
 
 def test_another_number_of_clients_is_refused(tmp_path: Path) -> None:
     left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 1)
-    with pytest.raises(ValueError, match="the run had 4 clients, now there are 6"):
+    with pytest.raises(ValueError, match="the run had 4 clients, now there are 6, so their data would be o"):
         go_on(left, clients=6)
 
 
@@ -228,9 +392,10 @@ def test_stop_at_accuracy_ends_a_run_early(tmp_path: Path) -> None:
 
 
 def test_the_same_configuration_is_the_same_run_however_numbers_are_written() -> None:
-    one = {"alpha": 1, "drop-last": True, "seed": 1, "num-server-rounds": 3, "resume": ""}
+    one = {"strategy": "fedavg", "alpha": 1, "drop-last": False, "seed": 1, "num-server-rounds": 3, "resume": ""}
     assert run_identity(one) == run_identity({**one, "alpha": 1.0, "num-server-rounds": 9, "resume": "/x"})
-    for other in ({"seed": 2}, {"drop-last": False}, {"drop-last": 1}, {"new": 1}):
+    assert run_identity(one) == run_identity({**one, "momentum": 0.5})  # a new key at its default
+    for other in ({"seed": 2}, {"drop-last": True}, {"drop-last": 0}, {"strategy": "small"}, {"momentum": 0.6}):
         assert run_identity(one) != run_identity({**one, **other})
 
 

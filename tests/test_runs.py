@@ -36,7 +36,7 @@ def test_create_names_the_folder_and_keeps_the_configuration(tmp_path):
 
 
 def test_create_refuses_relative_runs_dir_and_an_existing_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"runs-dir must be absolute or start with ~, got 'runs'"):
+    with pytest.raises(ValueError, match=r"runs-dir must be an absolute path or begin with '~', got 'runs'"):
         make("runs")
     make(tmp_path, now=datetime(2026, 1, 1))
     with pytest.raises(FileExistsError):

@@ -116,14 +116,15 @@ def read_job(content: RecordDict, layout: Layout, device: Device) -> Job:
 
 
 def update_content(update: Update) -> RecordDict:
-    """A reply's records."""
+    """A reply's records; of the private state only that there is one."""
+    metrics = {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
+    if update.state:
+        metrics["kept-state"] = 1.0
     return RecordDict(
         {
             "arrays": ArrayRecord({"part": to_array(update.difference)}),
             "submodel": ConfigRecord(cast(Any, pack(update.submodel))),
-            "metrics": MetricRecord(
-                {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
-            ),
+            "metrics": MetricRecord(cast(Any, metrics)),
         }
     )
 
