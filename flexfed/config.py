@@ -42,7 +42,8 @@ class Settings:
         stop_at_accuracy: the run ends after the first round whose `accuracy` is this or more; 0 = never.
         runs_dir: where run folders go; absolute or beginning with '~'.
         state_dir: where clients keep private state; '' = in the run folder. A node-config's own wins.
-        resume: run folder to go on with, from its last checkpoint; '' = begin a new run.
+        resume: run folder to go on with, from its last checkpoint; '' = begin a new run. A finished run may get more
+            rounds; its old last round stays evaluated, whatever `evaluate_every` says.
         torch_threads: threads of torch on the server and on every client.
     """
 
