@@ -44,6 +44,9 @@ Cpus = Annotated[
     int | None,
     typer.Option(min=1, help="Clients that work at the same time, one CPU each; default: all CPUs."),
 ]
+InputSize = Annotated[
+    str | None, typer.Option("--input", help="One sample, such as 3x32x32; default: what suits the network.")
+]
 InProcess = Annotated[
     bool,
     typer.Option("--in-process", help="Without Flower's runtime and Ray: the same numbers, much sooner."),
@@ -280,17 +283,18 @@ def profile(
     threads: Annotated[int, typer.Option(min=1, help="Of torch: the run's torch-threads.")] = 1,
     model: Annotated[str | None, typer.Option("--model", "-m", help="See which widths of this network fit.")] = None,
     classes: Annotated[int, typer.Option(min=1, help="Of that network.")] = 10,
-    input_size: Annotated[str, typer.Option("--input", help="One sample of its inputs.")] = "3x32x32",
+    input_size: InputSize = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Of its training.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure this device: memory free for training, speed; prints the node-config of its SuperNode."""
     with _errors():
+        from flexfed.levels import natural_input
         from flexfed.measure import check_declared, measure_device
         from flexfed.models import check_model
         from flexfed.profile import fitting_widths, parse_shape, to_json, to_text
 
-        shape = parse_shape(input_size)
+        shape = parse_shape(input_size) if input_size else natural_input(model or "cnn")[0]
         check_declared(partition_id, num_partitions, kind, link_bytes_s)
         if model:
             check_model(model, classes, shape)
@@ -307,9 +311,7 @@ def profile(
 def levels(
     model: Annotated[str, typer.Argument(metavar="MODEL | RUN", help="A network's name, or a run folder.")],
     classes: Annotated[int | None, typer.Option(min=1, help="Of the network; default: 10.")] = None,
-    input_size: Annotated[
-        str | None, typer.Option("--input", help="One sample, such as 3x32x32; default: what suits the network.")
-    ] = None,
+    input_size: InputSize = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Of training; default: batch-size.")] = None,
     ratios: Annotated[
         str | None, typer.Option(help='Kept fractions, "1, 0.5", largest first; default: heterofl.ratios.')
