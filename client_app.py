@@ -25,13 +25,12 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
     update_content,
 )
-from flexfed.jobs import Job, Task, evaluate_part, shrink
+from flexfed.jobs import TEST_BATCH, Job, Task, evaluate_part, require_memory, shrink
 from flexfed.methods import METHODS
 from flexfed.submodel import unpack
 from flexfed.training import batches
 
 app = ClientApp()
-STATISTICS_BATCH = 128
 
 
 @app.query("profile")
@@ -61,6 +60,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """Test the part that came on the client's validation split."""
     task, data = _work(message, context)
     job = _job(message, context, task)
+    require_memory(job, task.memory_to_test)
     record = message.content.array_records.get("statistics")
     found = None if record is None else read_statistics(record)
     result = evaluate_part(task, job.arrays, found, data.validation)
@@ -73,12 +73,13 @@ def statistics(message: Message, context: Context) -> Message:
     """Sum what batch norm sees of the client's training data, for every level that the part holds."""
     task, data = _work(message, context)
     job = _job(message, context, task)
+    require_memory(job, task.memory_to_test)
     definition = str(message.content.config_records["query"]["definition"])
     sums: dict[str, ArrayRecord] = {}
     for name, bits in message.content.config_records["levels"].items():
         level = unpack(task.layout, {"units": cast(bytes, bits)})
         model = task.network(shrink(task.layout, job.submodel, level, job.arrays))
-        inputs = (batch.inputs for batch in batches(data.train, STATISTICS_BATCH))
+        inputs = (batch.inputs for batch in batches(data.train, TEST_BATCH))
         sums[name] = to_record_of_arrays(pack_sums(collect_sums(model, inputs, cast(Any, definition))))
     return Message(RecordDict(cast(Any, sums)), reply_to=message)
 

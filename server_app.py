@@ -148,7 +148,7 @@ def _finish(folder: RunFolder, strategy: SubmodelStrategy) -> None:
         "dataset": strategy.experiment.data.dataset,
         "seed": settings.seed,
         "clients": len(strategy.federation.devices),
-        "clients-testing": len(strategy.testers()),
+        "clients-testing": strategy.num_testers(),
         "parameters": num_parameters(layout, top),
         "headline-levels": list(strategy.headline()),
         **strategy.facts(),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flexfed.cost import message_bytes, modelled_seconds, round_macs, shares
 from flexfed.devices import Device
 from flexfed.jobs import Task
 from flexfed.submodel import Submodel
 from flexfed.training import samples_trained
+
+N = TypeVar("N", int, float)
 
 STEPS = 64
 """Ratios are multiples of 1/64: few enough to cost them all, and devices that share one share its submodel."""
@@ -26,37 +29,57 @@ class Budget:
 
     Attributes:
         task: the network and how it is trained.
-        round_deadline: modelled seconds that a device may take for a round, transfers included; 0 = any.
+        round_deadline: modelled seconds that a device may take to receive a part, train it and send it back; 0 = any.
         macs_beside: part -> multiply-accumulates a sample beside training the part itself (distillation teachers).
     """
 
     task: Task
     round_deadline: float = 0.0
     macs_beside: Callable[[Submodel], int] = _nothing
+    _known: dict[tuple[str, bytes], float] = field(default_factory=dict, repr=False, compare=False)
 
     def holds(self, device: Device, submodel: Submodel) -> bool:
-        """Whether capacity, memory and deadline all allow a part."""
+        """Whether capacity, memory and deadline all allow to train a part."""
         return self.share(submodel) <= device.capacity + 1e-9 and self.bears(device, submodel)
 
     def bears(self, device: Device, submodel: Submodel) -> bool:
-        """Whether memory and deadline allow a part, whatever share of the network the device calls its capacity."""
+        """Whether memory and deadline allow it, whatever share of the network the device calls its capacity."""
         fits = device.memory_bytes == math.inf or self.memory(submodel) <= device.memory_bytes
         return fits and (not self.round_deadline or self.seconds(device, submodel) <= self.round_deadline)
 
+    def tests(self, device: Device, submodel: Submodel) -> bool:
+        """Whether memory allows to test a part: in larger batches than it trains."""
+        return device.memory_bytes == math.inf or self.memory_to_test(submodel) <= device.memory_bytes
+
     def share(self, submodel: Submodel) -> float:
         """Parameters of a part, as a share of the network's."""
-        return shares(self.task.layout, {"part": submodel})["part"]
+        return self._once("share", submodel, lambda: shares(self.task.layout, {"part": submodel})["part"])
 
     def memory(self, submodel: Submodel) -> int:
         """Bytes that a device needs to receive a part and to train it."""
-        return self.task.memory_to_train(submodel) + message_bytes(self.task.layout, submodel)
+        return self._message(submodel) + self._once("train", submodel, lambda: self.task.memory_to_train(submodel))
+
+    def memory_to_test(self, submodel: Submodel) -> int:
+        """Bytes that a device needs to receive a part and to test it."""
+        return self._message(submodel) + self._once("test", submodel, lambda: self.task.memory_to_test(submodel))
 
     def seconds(self, device: Device, submodel: Submodel) -> float:
-        """Modelled seconds of a device's round: receive a part, train it, send it back."""
-        task = self.task
-        macs = round_macs(task.macs(submodel), device.num_examples, task.training)
-        macs += self.macs_beside(submodel) * samples_trained(device.num_examples, task.training)
-        return modelled_seconds(device, macs, 2 * message_bytes(task.layout, submodel))
+        """Modelled seconds of a device's training: receive a part, train it, send it back."""
+        training = self.task.training
+        macs = round_macs(self._once("macs", submodel, lambda: self.task.macs(submodel)), device.num_examples, training)
+        beside = self._once("beside", submodel, lambda: self.macs_beside(submodel))
+        macs += beside * samples_trained(device.num_examples, training)
+        return modelled_seconds(device, macs, 2 * self._message(submodel))
+
+    def _message(self, submodel: Submodel) -> int:
+        return self._once("message", submodel, lambda: message_bytes(self.task.layout, submodel))
+
+    def _once(self, what: str, submodel: Submodel, cost: Callable[[], N]) -> N:
+        """A cost that is asked for again and again: for each device, and in each round."""
+        key = (what, submodel.key)
+        if key not in self._known:
+            self._known[key] = cost()
+        return self._known[key]  # type: ignore[return-value]
 
     def largest(self, device: Device, part_at: Callable[[float], Submodel]) -> float | None:
         """The largest ratio whose part a device holds, a multiple of 1/`STEPS`; None: it holds not even the least.

@@ -34,7 +34,8 @@ class Settings:
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         ratio_policy: how much of the model a device gets: the method's own 'level' that it holds, or the most that
             its 'budget' allows, in steps of 1/64.
-        round_deadline: modelled seconds that a device may take for a round, transfers included; 0 = any.
+        round_deadline: modelled seconds that a device may take to receive its part, train it and send it back;
+            tests and queries come on top; 0 = any.
         batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
         reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival' (real fleets).
         replies_in_flight: messages sent and not yet folded, at most.
@@ -114,12 +115,13 @@ class Experiment:
         """
         settings = read(Settings, values)
         method = METHODS[settings.strategy]
-        return cls(
-            settings,
-            read(DataConfig, values),
-            read(Training, values),
-            read(method.config, values, method.prefix),
-        )
+        knobs: Any = read(method.config, values, method.prefix)
+        if settings.ratio_policy != "level" and getattr(knobs, "assign", "capacity") != "capacity":
+            raise ValueError(
+                f"{method.prefix}assign={knobs.assign!r} says who gets which level, ratio-policy="
+                f"{settings.ratio_policy!r} how much each device gets: leave one of them at its default"
+            )
+        return cls(settings, read(DataConfig, values), read(Training, values), knobs)
 
     def task(self, num_classes: int, input_shape: tuple[int, ...]) -> Task:
         """The network, traced, and how it is trained.

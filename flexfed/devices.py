@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,8 @@ def load_fleet(name: str) -> Fleet:
         raise ValueError(f"unknown fleet {name!r}; known: {known}, or the absolute path of a .toml file")
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8")).get("class", [])
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path.name}: each class of a fleet is a table [[class]], got {rows!r}")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     return Fleet(tuple(_device_class(row, path.name) for row in rows))
@@ -180,10 +183,17 @@ def load_fleet(name: str) -> Fleet:
 def _device_class(row: Mapping[str, Any], where: str) -> DeviceClass:
     values = {key.replace("-", "_"): value for key, value in row.items()}
     known = {f.name for f in fields(DeviceClass)}
-    if not {"kind", "share"} <= values.keys() <= known:
-        raise ValueError(f"{where}: a [[class]] needs kind and share and may have {_keys(known)}; got {_keys(values)}")
+    if not {"kind", "share"} <= values.keys() <= known or len(values) < len(row):
+        raise ValueError(f"{where}: a [[class]] needs kind and share and may have {_keys(known)}; got {_keys(row)}")
+    if not isinstance(values["kind"], str):
+        raise ValueError(f"{where}: kind must be a string, got {values['kind']!r}")
     for name in {"capacity_spread", "availability"} & values.keys():
-        values[name] = tuple(values[name]) if isinstance(values[name], Sequence) else (float(values[name]),)
+        given = values[name] if isinstance(values[name], list) else [values[name]]
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in given):
+            raise ValueError(
+                f"class {values['kind']!r}: {_key(name)} must be a number or a list of them, got {given!r}"
+            )
+        values[name] = tuple(map(float, given))
     return DeviceClass(**values)
 
 
@@ -193,15 +203,29 @@ _SPREADS = {"capacity": "capacity_spread", "memory_bytes": "memory_spread_bytes"
 def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
     """The device as its SuperNode's node-config declares it: keys there win over the fleet's.
 
-    One that tells its memory is no simulated device: what it holds follows from that, and from its own `capacity`
-    if it tells one, not from the fleet's share and its swings.
+    The keys: kind, capacity, capacity-spread, memory-bytes, memory-spread-bytes, measure-memory, speed-macs-s,
+    link-bytes-s, compute-watts, radio-watts. A device that tells of itself is not blurred by its fleet's noise; one
+    that tells its memory is no simulated device: what it holds follows from that, and from its own `capacity` if it
+    tells one.
+
+    Raises:
+        ValueError: a value of the wrong kind, or a key that looks like one of these.
     """
-    names = {f.name for f in fields(Device)} - {"partition", "availability", "num_examples", "labels"}
-    told: dict[str, Any] = {name: node_config[_key(name)] for name in names if _key(name) in node_config}
+    names = {_key(f.name): f.name for f in fields(Device)}
+    for other in ("partition", "availability", "num-examples", "labels"):
+        del names[other]
+    told = {names[key]: node_config[key] for key in names.keys() & node_config.keys()}
+    for key in node_config.keys() - names.keys():
+        if near := get_close_matches(key.replace("_", "-"), names, 1, 0.9):
+            raise ValueError(
+                f"node-config of partition {device.partition}: unknown key {key!r}; did you mean {near[0]}?"
+            )
     values = {name: _declared_value(device.partition, name, value) for name, value in told.items()}
     if "memory_bytes" in told:
-        values = {"capacity": 1.0, "capacity_spread": 0.0, "availability": (), **values}
-    for name in _SPREADS.keys() & told.keys():  # what a device says of itself is not blurred by noise
+        values = {"capacity": 1.0, "capacity_spread": 0.0, **values}
+    if told.keys() - {"kind", "link_bytes_s", "compute_watts", "radio_watts"}:
+        values["availability"] = ()
+    for name in _SPREADS.keys() & told.keys():
         values.setdefault(_SPREADS[name], 0.0)
     return replace(device, **values)
 

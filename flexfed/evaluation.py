@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from flexfed.batchnorm import Statistics, collect_sums, statistics
-from flexfed.jobs import Task, evaluate_part
+from flexfed.jobs import TEST_BATCH, Task, evaluate_part
 from flexfed.submodel import Submodel, extract
 from flexfed.training import Samples, batches
 from flexfed.units import Arrays
-
-BATCH = 128
 
 
 def level_statistics(task: Task, level: Submodel, arrays: Arrays, samples: Samples) -> Statistics:
     """Batch-norm statistics of a level on samples; a short last batch does not weigh like a full one."""
     model = task.network(extract(task.layout, level, arrays))
-    return statistics(collect_sums(model, (batch.inputs for batch in batches(samples, BATCH)), "pooled"))
+    return statistics(collect_sums(model, (batch.inputs for batch in batches(samples, TEST_BATCH)), "pooled"))
 
 
 def measure_levels(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from flexfed.batchnorm import Statistics, apply_statistics
-from flexfed.cost import forward_macs, memory_budget, training_macs, training_memory
+from flexfed.cost import forward_macs, memory_budget, testing_memory, training_macs, training_memory
 from flexfed.devices import Device
 from flexfed.measure import free_memory
 from flexfed.networks import Factory
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from flexfed.data import ClientData
 
 Scalar = str | int | float | bool | bytes | list[int] | list[float] | list[str] | list[bytes]
+
+
+TEST_BATCH = 128
+"""Samples in a batch wherever a network is tested, or its batch-norm statistics are collected."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,10 @@ class Task:
         """Bytes that must be free to train a part that has been received."""
         return memory_budget(training_memory(self.factory, self.layout, submodel, self.input_shape, self.training))
 
+    def memory_to_test(self, submodel: Submodel) -> int:
+        """Bytes that must be free to test a part that has been received, or to collect its batch-norm statistics."""
+        return memory_budget(testing_memory(self.factory, self.layout, submodel, self.input_shape, TEST_BATCH))
+
     def network(self, arrays: Arrays) -> torch.nn.Module:
         """A narrow network for training: batch norm uses the statistics of the batch."""
         return use_batch_statistics(narrow(self.factory, arrays))
@@ -127,19 +135,21 @@ def free_memory_of(job: Job) -> float:
     return job.device.memory_now(np.random.default_rng([job.seed, 2]))
 
 
-def require_memory(job: Job, task: Task) -> None:
+def require_memory(job: Job, needed: Callable[[Submodel], int]) -> None:
     """Refuse, on a real device, what would not fit into the memory that is free: the system would kill the client.
+
+    Args:
+        job: as received.
+        needed: part -> bytes that must be free: `Task.memory_to_train` or `Task.memory_to_test`.
 
     Raises:
         RuntimeError: says what the part needs, and what there is.
     """
     if not job.device.measure_memory:
         return
-    needed, free = task.memory_to_train(job.submodel), free_memory_of(job)
-    if needed > free:
-        raise RuntimeError(
-            f"out of memory: the part needs {needed / 1e6:.0f} MB to train, {free / 1e6:.0f} MB are free"
-        )
+    need, free = needed(job.submodel), free_memory_of(job)
+    if need > free:
+        raise RuntimeError(f"out of memory: the part needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
 
 
 def train_network(
@@ -202,7 +212,7 @@ def shrink(layout: Layout, outer: Submodel, inner: Submodel, part: Mapping[str, 
 
 
 def evaluate_part(
-    task: Task, arrays: Arrays, statistics: Statistics | None, samples: Samples, batch_size: int = 128
+    task: Task, arrays: Arrays, statistics: Statistics | None, samples: Samples, batch_size: int = TEST_BATCH
 ) -> Evaluation:
     """Test a part with the batch-norm statistics of its level, or with those of each batch (None)."""
     if statistics is None and len(samples.labels) % batch_size == 1:

@@ -80,6 +80,7 @@ class SubmodelStrategy(Strategy):
         self.on_round = on_round
         self.budget = Budget(task, self.settings.round_deadline, self.macs_beside)
         self.federation = Federation(task)
+        self.devices: Mapping[int, Device] = {}  # as they are in this round
         self.record = RoundRecord(0)
         self.asked = self.accepted = 0  # jobs and valid replies of the whole run
         self._assigned: Mapping[int, Assignment] = {}
@@ -87,6 +88,7 @@ class SubmodelStrategy(Strategy):
         self._statistics: Mapping[str, Statistics | None] = {}
         self._resumed = resumed
         self._begun = False
+        self._testers: dict[int, str] = {}  # this round's
         self._private_rounds: dict[int, int] = {}  # partition -> round of its last accepted private state
         self._offset = 0  # Flower's `start` counts from 1 again
         if resumed is not None:
@@ -137,9 +139,11 @@ class SubmodelStrategy(Strategy):
         return 0
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """The evaluated level that a device tests: the largest it can hold nominally; None if it holds none."""
+        """The evaluated level that a device tests: the largest it can hold and test; None if there is none."""
         levels = self.levels()
-        fitting = [name for name, level in levels.items() if self.budget.holds(device, level)]
+        fitting = [
+            n for n, level in levels.items() if self.budget.holds(device, level) and self.budget.tests(device, level)
+        ]
         return max(fitting, key=lambda name: self.budget.share(levels[name]), default=None)
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
@@ -197,8 +201,8 @@ class SubmodelStrategy(Strategy):
             self.meet(grid)
             self.begin(self._arrays)
         rng = np.random.default_rng([self.settings.seed, server_round])
-        devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
-        self._assigned = dict(sorted(self.assign(server_round, devices, rng).items()))
+        self.devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
+        self._assigned = dict(sorted(self.assign(server_round, self.devices, rng).items()))
         self.asked += len(self._assigned)
         self.record.dispatched = {p: a.level for p, a in self._assigned.items()}
         return self._jobs(server_round)
@@ -220,10 +224,12 @@ class SubmodelStrategy(Strategy):
             self.prepare()
         else:
             self.load_state_dict(self._resumed.state)
-        left_out = [p for p, device in self.federation.devices.items() if not self.can_train(device)]
+        self.devices = self.federation.devices
+        left_out = [p for p, d in self.devices.items() if not any(map(self.can_train, d.states()))]
+        if len(left_out) == len(self.devices):
+            raise ValueError("no device can train anything; see capacity, memory-bytes and round-deadline")
         if left_out:
-            num = len(self.federation.devices)
-            log.info("%s of %s devices cannot train: partitions %s", len(left_out), num, left_out)
+            log.info("%s of %s devices cannot train: partitions %s", len(left_out), len(self.devices), left_out)
 
     def checkpoint(self) -> Checkpoint:
         """All that is needed to go on after the last finished round."""
@@ -307,11 +313,11 @@ class SubmodelStrategy(Strategy):
         if not within(update.submodel, assignment.submodel):
             raise ValueError("it claims units or tensors that it was never sent")
         level = self.level_trained(assignment, update)
-        told = self.federation.devices[partition].num_examples
+        told = self.devices[partition].num_examples
         if update.weight > told:
             raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
         averager.add(update.submodel, update.difference, self.weigh(update))
-        self.record.count(self.federation.devices[partition], level, update, num_bytes(reply))
+        self.record.count(self.devices[partition], level, update, num_bytes(reply))
         if update.metrics.get("kept-state"):
             self._private_rounds[partition] = server_round
         self.observe(server_round, partition, update)
@@ -333,19 +339,24 @@ class SubmodelStrategy(Strategy):
             return []
         found = self.level_statistics(server_round, self._arrays, grid)
         self._statistics = found
+        self._testers = self.testers()
         self.record.quality = measure_levels(
             self.task, self.levels(), self.headline(), self._arrays, found, self.server.test
         )
         return self._evaluation_messages(server_round, found)
 
     def testers(self) -> dict[int, str]:
-        """The partitions whose device can test an evaluated level, and which."""
-        found = {p: self.level_for_evaluation(device) for p, device in self.federation.devices.items()}
+        """The partitions whose device can test an evaluated level in this round, and which."""
+        found = {p: self.level_for_evaluation(device) for p, device in self.devices.items()}
         return {partition: name for partition, name in found.items() if name is not None}
 
+    def num_testers(self) -> int:
+        """Devices that can test an evaluated level in some round."""
+        devices = self.federation.devices.values()
+        return sum(any(self.level_for_evaluation(state) is not None for state in d.states()) for d in devices)
+
     def _evaluation_messages(self, server_round: int, found: Mapping[str, Statistics | None]) -> Iterator[Message]:
-        levels = self.levels()
-        able = self.testers()
+        levels, able = self.levels(), self._testers
         rng = np.random.default_rng([self.settings.seed, server_round, 1])
         num = int(np.ceil(self.settings.fraction_evaluate * len(able)))
         parts: dict[bytes, Array] = {}
@@ -371,7 +382,7 @@ class SubmodelStrategy(Strategy):
             RunOver: the model is as good as `stop-at-accuracy` asks for.
         """
         server_round += self._offset
-        testers, levels = self.testers(), self.levels()
+        testers, levels = self._testers, self.levels()
         for reply in replies:
             partition = self.federation.partition_of(reply)
             try:
@@ -379,7 +390,7 @@ class SubmodelStrategy(Strategy):
                 self.record.clients.append(result)
                 macs = result.num_samples * self.task.macs(levels[testers[partition]])
                 travelled = self._sent_beside[partition] + num_bytes(reply)
-                self.record.count_beside("test", self.federation.devices[partition], macs, travelled)
+                self.record.count_beside("test", self.devices[partition], macs, travelled)
             except ValueError as cause:
                 self._note(self.record.failed, partition, str(cause))
         line = self.record.line()

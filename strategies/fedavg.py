@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from flexfed.budget import STEPS
 from flexfed.devices import Device
 from flexfed.jobs import Assignment
 from flexfed.select import prefix_ratio
@@ -12,11 +13,20 @@ from strategies.base import SubmodelStrategy
 
 
 class FedAvg(SubmodelStrategy):
-    """Everybody trains everything, whatever its device can hold."""
+    """Everybody trains everything: whatever share of the network its device calls its capacity, not beyond memory."""
+
+    def whole(self) -> Submodel:
+        """What everybody trains."""
+        return next(iter(self.levels().values()))
+
+    def can_train(self, device: Device) -> bool:
+        """Whether memory and deadline allow it."""
+        return self.budget.bears(device, self.whole())
 
     def level_for_evaluation(self, device: Device) -> str | None:
         """Every device tests what it trains."""
-        return next(iter(self.levels()))
+        able = self.can_train(device) and self.budget.tests(device, self.whole())
+        return next(iter(self.levels())) if able else None
 
 
 class Small(FedAvg):
@@ -28,24 +38,24 @@ class Small(FedAvg):
 
     @cached_property
     def _ratio(self) -> float:
-        """The one of the configuration; under a budget the largest that every device holds that holds any."""
+        """The configuration's; under a budget the largest that all devices hold at their weakest, if they hold any."""
         if self.settings.ratio_policy == "level":
             return float(self.task.method.ratio)
-        largest = [ratio for ratio in map(self._largest, self.federation.devices.values()) if ratio is not None]
-        if not largest:
-            raise ValueError("no device can train even the smallest part; see memory-bytes and round-deadline")
-        return min(largest)
+        states = {state for device in self.federation.devices.values() for state in device.states()}
+        largest = [ratio for ratio in map(self._largest, states) if ratio is not None]
+        return min(largest, default=1 / STEPS)
 
     def _largest(self, device: Device) -> float | None:
         return self.budget.largest(device, lambda ratio: prefix_ratio(self.task.layout, ratio))
 
     def can_train(self, device: Device) -> bool:
-        """Under a budget, whether the device holds the small model."""
-        return self.settings.ratio_policy == "level" or self.budget.holds(device, self.levels()["small"])
+        """Whether memory and deadline allow it, and under a budget its capacity, too."""
+        rule = self.budget.bears if self.settings.ratio_policy == "level" else self.budget.holds
+        return rule(device, self.whole())
 
     def part_of(self, device: Device, server_round: int) -> Assignment:
         """The small model."""
-        return Assignment(self.levels()["small"], "small")
+        return Assignment(self.whole(), "small")
 
 
 class Exclusive(SubmodelStrategy):

@@ -21,6 +21,9 @@ class FedRolex(HeteroFL):
 
     def level_for_evaluation(self, device: Device) -> str | None:
         """Devices that train the full network test it; no smaller model exists."""
-        if self.settings.ratio_policy != "level":
-            return "full" if self.budget.holds(device, full(self.task.layout)) else None
-        return "full" if self.task.method.ratios[self.level_of(device)] == 1 else None
+        whole = full(self.task.layout)
+        if self.settings.ratio_policy == "level":
+            trains = self.can_train(device) and self.task.method.ratios[self.level_of(device)] == 1
+        else:
+            trains = self.budget.holds(device, whole)
+        return "full" if trains and self.budget.tests(device, whole) else None

@@ -29,10 +29,12 @@ from flexfed.methods.flexfl import (
 )
 from flexfed.methods.flexfl_pretraining import measure_scores
 from flexfed.select import RatioGroup, prefix, ratio_groups, ratio_widths
-from flexfed.submodel import Submodel, pack, within
+from flexfed.submodel import Submodel, full, pack, within
 from strategies.widths import WidthStrategy
 
 log = logging.getLogger("flwr")
+SHRINK_STEPS = 16
+"""Under a budget a device that has less than it declared shrinks by sixteenths of the width, down to the next level."""
 
 
 class FlexFL(WidthStrategy):
@@ -88,8 +90,11 @@ class FlexFL(WidthStrategy):
 
     def _share(self, ratios: np.ndarray) -> float:
         """Size of the network at given ratios; the classifier counts in neither part of the quotient."""
-        cut = self._cut(ratios)
-        return self._hidden_parameters(cut) / self._hidden_parameters(Submodel(np.ones_like(cut.units)))
+        return self._hidden_parameters(self._cut(ratios)) / self._all_hidden
+
+    @cached_property
+    def _all_hidden(self) -> int:
+        return self._hidden_parameters(full(self.task.layout))
 
     def _hidden_parameters(self, submodel: Submodel) -> int:
         layout = self.task.layout
@@ -123,16 +128,13 @@ class FlexFL(WidthStrategy):
     def _assignment(self, level: int) -> Assignment:
         """The level, and what the device needs to shrink to all smaller ones and to learn from them."""
         held = LEVELS[: level + 1]
-        return self._job([self._pool[name] for name in held], LEVELS[level])
+        targets = [100 * target for target in self.task.method.level_targets]
+        return self._job([self._pool[name] for name in held], targets[: level + 1], LEVELS[level], level + 1)
 
-    def _job(self, nested: Sequence[Submodel], level: str) -> Assignment:
+    def _job(self, nested: Sequence[Submodel], sizes: list[float], level: str, num_levels: int) -> Assignment:
         """Train the last of nested parts: bits of all, and how much of the network each asks for, in percent."""
         bits: list[bytes] = [pack(part)["units"] for part in nested]
-        targets = [100 * target for target in self.task.method.level_targets]
-        sizes = targets[: len(nested)]
-        if level not in LEVELS:
-            sizes[len(nested) - 1 :] = [100 * self.budget.share(nested[-1])]
-        return Assignment(nested[-1], level, {"levels": bits, "sizes": sizes})
+        return Assignment(nested[-1], level, {"levels": bits, "sizes": sizes, "num-levels": num_levels})
 
     def can_train(self, device: Device) -> bool:
         """Whether memory and deadline allow the smallest level, which the paper gives to everybody."""
@@ -141,7 +143,7 @@ class FlexFL(WidthStrategy):
         return super().can_train(device)
 
     def own_part(self, device: Device, server_round: int) -> Assignment:
-        """The largest level that the device nominally holds."""
+        """The largest level that the device nominally holds; `assign` draws sizes first, and does not ask."""
         return self._assignment(self._capable(device))
 
     def part_at(self, ratio: float, server_round: int) -> Submodel:
@@ -153,34 +155,46 @@ class FlexFL(WidthStrategy):
         return self._parts[ratio]
 
     def sized_part(self, ratio: float, server_round: int) -> Assignment:
-        """Any size, and the levels inside it."""
+        """Any size; to shrink to, parts a few steps smaller, and the levels inside it."""
         part = self.part_at(ratio, server_round)
-        inside = [level for level in self._pool.values() if within(level, part)]
+        inside = self._levels_inside(part)
         if inside and inside[-1] == part:
             return self._assignment(len(inside) - 1)
-        return self._job([*inside, part], f"{ratio:g}")
+        steps = [ratio - k / SHRINK_STEPS for k in range(SHRINK_STEPS)]
+        smaller = [self.part_at(step, server_round) for step in reversed(steps) if step > 0]
+        between = [p for p in smaller if p != part and all(within(level, p) and level != p for level in inside)]
+        nested = [*inside, *dict.fromkeys(between), part]
+        targets = [100 * target for target in self.task.method.level_targets]
+        sizes = [*targets[: len(inside)], *(100 * self.budget.share(p) for p in nested[len(inside) :])]
+        return self._job(nested, sizes, f"{ratio:g}", len(inside))
+
+    def _levels_inside(self, part: Submodel) -> list[Submodel]:
+        return [level for level in self._pool.values() if within(level, part)]
 
     def macs_beside(self, submodel: Submodel) -> int:
         """The teachers' forward passes."""
         if not self.task.method.kd_weight:
             return 0
-        inside = [level for level in self._pool.values() if within(level, submodel) and level != submodel]
-        return sum(self.task.macs(inside[j]) for j in teacher_levels(len(inside), self.task.method))
+        teachers = [level for level in self._levels_inside(submodel) if level != submodel]
+        return sum(self.task.macs(teachers[j]) for j in teacher_levels(len(teachers), self.task.method))
 
     def level_trained(self, assignment: Assignment, update: Update) -> str:
         """The level that was trained, by the units of the reply: never assume the one dispatched."""
         for name, submodel in self._pool.items():
             if submodel.key == update.submodel.key:
                 return name
-        if update.submodel.key == assignment.submodel.key:
-            return assignment.level
+        for ratio, part in self._parts.items():
+            if part.key == update.submodel.key:
+                return f"{ratio:g}"
         raise ValueError("its units are those of no level")
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """The main level that the device nominally holds; the smallest is for everybody whose memory allows it."""
-        capable = self._capable(device)
-        main = [i for i in MAIN_LEVELS if i <= capable and self.budget.bears(device, self._pool[LEVELS[i]])]
-        return LEVELS[main[-1]] if main else None
+        """The main level that the device nominally holds, the smallest for everybody; what memory and time allow."""
+        if self.settings.ratio_policy != "level":
+            return super().level_for_evaluation(device)
+        main = [self._pool[LEVELS[i]] for i in MAIN_LEVELS if i <= self._capable(device)]
+        fitting = [part for part in main if self.budget.bears(device, part) and self.budget.tests(device, part)]
+        return LEVELS[list(self._pool.values()).index(fitting[-1])] if fitting else None
 
     def _capable(self, device: Device) -> int:
         level = capable_level(100 * device.capacity, self.task.method)

@@ -30,10 +30,17 @@ log = logging.getLogger("flwr")
 class HeteroFL(WidthStrategy):
     """Static prefixes; see `flexfed.methods.heterofl`."""
 
+    _levels: tuple[Mapping[int, Device], dict[str, Submodel]] | None = None  # whose they are, and the levels
     _dynamic: np.ndarray | None = None  # this round's draw, one level for each partition
 
     def levels(self) -> dict[str, Submodel]:
         """The levels that devices hold, smallest first, and always the largest."""
+        devices = self.federation.devices
+        if self._levels is None or self._levels[0] is not devices:
+            self._levels = devices, self._used()
+        return self._levels[1]
+
+    def _used(self) -> dict[str, Submodel]:
         states = [state for device in self.federation.devices.values() for state in device.states()]
         used = {self.level_of(state) for state in states} | {0}
         if self.task.method.assign == "dynamic":
@@ -49,12 +56,15 @@ class HeteroFL(WidthStrategy):
         return list(shares(self.task.layout, {LEVELS[i]: part for i, part in enumerate(self._parts)}).values())
 
     def level_of(self, device: Device) -> int:
-        """A device's level: by what it holds, by fixed shares, or as drawn this round."""
+        """A device's level: by capacity, by fixed shares, or as drawn this round; less where it cannot bear that."""
+        level = self._nominal_level(device)
+        borne = (i for i in range(level, len(self._parts)) if self.budget.bears(device, self._parts[i]))
+        return next(borne, len(self._parts) - 1)
+
+    def _nominal_level(self, device: Device) -> int:
         method = self.task.method
         if method.assign == "capacity":
-            level = capacity_level(device.capacity, self._sizes)
-            borne = (i for i in range(level, len(self._parts)) if self.budget.bears(device, self._parts[i]))
-            return next(borne, len(self._parts) - 1)
+            return capacity_level(device.capacity, self._sizes)
         if method.assign == "dynamic" and self._dynamic is not None:
             return int(self._dynamic[self._ranks[device.partition]])
         return int(self._fixed[self._ranks[device.partition]])
@@ -98,14 +108,20 @@ class HeteroFL(WidthStrategy):
     def can_train(self, device: Device) -> bool:
         """Whether memory and deadline allow the smallest level, which the paper gives to everybody."""
         if self.settings.ratio_policy == "level":
-            return self.task.method.assign != "capacity" or self.budget.bears(device, self._parts[-1])
+            return self.budget.bears(device, self._parts[-1])
         return super().can_train(device)
 
     def level_for_evaluation(self, device: Device) -> str | None:
-        """The level that it trains; under a budget the largest level within it."""
-        if self.settings.ratio_policy == "level":
-            return LEVELS[self.level_of(device)] if self.can_train(device) else None
-        return super().level_for_evaluation(device)
+        """The level that it trains, or a smaller one that its memory allows to test; under a budget the largest."""
+        if self.settings.ratio_policy != "level":
+            return super().level_for_evaluation(device)
+        if not self.can_train(device):
+            return None
+        sizes = range(self.level_of(device), len(self._parts))
+        return next((LEVELS[i] for i in sizes if LEVELS[i] in self.levels() and self._tests(device, i)), None)
+
+    def _tests(self, device: Device, level: int) -> bool:
+        return self.budget.tests(device, self._parts[level])
 
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""
@@ -135,7 +151,7 @@ class HeteroFL(WidthStrategy):
                 answer = self._answer(reply, widths)
                 for name, own in answer.items():
                     sums[name] = add_sums(sums[name], own) if name in sums else own
-                device = self.federation.devices[partition]
+                device = self.devices[partition]
                 macs = device.num_examples * sum(self.task.macs(levels[name]) for name in answer)
                 travelled = self._sent_beside[partition] + num_bytes(reply)
                 self.record.count_beside("statistics", device, macs, travelled)
@@ -149,7 +165,7 @@ class HeteroFL(WidthStrategy):
         flat = {
             n: to_array(flatten(self.task.layout, s, extract(self.task.layout, s, arrays))) for n, s in levels.items()
         }
-        for partition, device in self.federation.devices.items():
+        for partition, device in self.devices.items():
             name = self.level_for_evaluation(device)
             if name is None:
                 continue

@@ -23,7 +23,14 @@ from flexfed.submodel import extract, flatten
 from strategies import STRATEGIES
 
 CONFIG = {"strategy": "flexfl", "model": "resnet18", "flexfl.scores": "0.5", "local-epochs": 1, "batch-size": 32}
-TRANSFORM = {"num-classes": 10, "input-shape": list(DIGITS), "input-mean": [0.3], "input-std": [0.4], "run": "limited"}
+TRANSFORM = {
+    "num-classes": 10,
+    "input-shape": list(DIGITS),
+    "input-mean": [0.3],
+    "input-std": [0.4],
+    "run": "limited",
+    "private-round": 0,
+}
 
 
 def main(megabytes: int, measure: bool) -> dict[str, object]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
 from toy import DIGITS, QUICK, lines, run_toy, toy_task
 
 from flexfed.budget import STEPS, Budget
@@ -19,12 +20,11 @@ from flexfed.cost import memory_budget, message_bytes, num_parameters, training_
 from flexfed.data import load_server
 from flexfed.devices import Device, load_fleet
 from flexfed.jobs import Task
-from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, full
 from strategies import STRATEGIES
 
 MB = 1e6
-METHODS = ("exclusive", "fedrolex", "flexfl", "heterofl", "small")
+METHODS = ("exclusive", "fedavg", "fedrolex", "flexfl", "heterofl", "small")
 WIDTH_METHODS = ("fedrolex", "flexfl", "heterofl")
 
 
@@ -44,13 +44,13 @@ def server(strategy: str, **values: Any) -> Any:
     return STRATEGIES[strategy](experiment, task_of(strategy), load_server(experiment.data))
 
 
-def random_fleet(rng: np.random.Generator) -> dict[int, Device]:
+def random_fleet(rng: np.random.Generator, least_mb: float = 24) -> dict[int, Device]:
     """Devices of any kind: some tell their memory, some their capacity, links and speeds over two decades."""
     return {
         partition: Device(
             partition,
             capacity=float(rng.choice([1.0, rng.uniform(0.001, 1.6)])),
-            memory_bytes=float(rng.choice([math.inf, rng.uniform(30, 38) * MB])),
+            memory_bytes=float(rng.choice([math.inf, rng.uniform(least_mb, 38) * MB])),
             speed_macs_s=float(10 ** rng.uniform(7, 9)),
             link_bytes_s=float(10 ** rng.uniform(4, 6)),
             num_examples=int(rng.integers(2, 200)),
@@ -78,30 +78,30 @@ def excess(strategy: Any, device: Device, submodel: Submodel, deadline: float, b
 
 
 @pytest.mark.parametrize("deadline", [0.0, 2.0])
-@pytest.mark.parametrize(
-    ("strategy", "policy"), [(s, p) for s in METHODS for p in ("level", "budget") if (s, p) != ("small", "level")]
-)  # the size of `small` is the configuration's: small.ratio
+@pytest.mark.parametrize("policy", ["level", "budget"])
+@pytest.mark.parametrize("strategy", METHODS)
 def test_law_11_over_random_fleets(strategy: str, policy: str, deadline: float) -> None:
-    rng = np.random.default_rng([len(strategy), len(policy), int(deadline)])
-    sent = 0
+    rng = np.random.default_rng([METHODS.index(strategy), len(policy), int(deadline)])
+    sent = left_out = 0
     for server_round in range(1, 9):
         chosen = server(strategy, ratio_policy=policy, round_deadline=deadline)
         chosen.federation.devices = devices = random_fleet(rng)
         chosen.prepare()
-        if strategy == "small" and not any(map(chosen._largest, devices.values())):
-            with pytest.raises(ValueError, match="no device can train even the smallest part"):
-                chosen.levels()
-            continue
+        left_out += sum(not chosen.can_train(device) for device in devices.values())
         for partition, assignment in chosen.assign(server_round, devices, rng).items():
             over = excess(chosen, devices[partition], assignment.submodel, deadline)
             if policy == "level" and strategy == "flexfl":  # its own measure of capacity is the level's target
                 assert set(over) <= {"capacity"}
             elif policy == "level" and over == ["capacity"]:
-                assert assignment.level == "e", "only the smallest level is for everybody"
+                assert assignment.level in ("e", "full", "small"), "the smallest level and the controls' are for all"
+                assert strategy != "exclusive"
+            elif strategy == "fedavg":  # the control that ignores capacity
+                assert set(over) <= {"capacity"}
             else:
                 assert not over, (devices[partition], assignment.level)
             sent += 1
-    assert sent > (0 if strategy == "exclusive" else 8)
+    assert sent > (0 if strategy == "exclusive" else 3)
+    assert left_out > 0
 
 
 @pytest.mark.parametrize("strategy", WIDTH_METHODS)
@@ -111,7 +111,7 @@ def test_a_budget_buys_the_largest_part_that_fits(strategy: str) -> None:
     chosen.prepare()
     rng = np.random.default_rng(3)
     bound = 0
-    for device in [d for _ in range(6) for d in random_fleet(rng).values()]:
+    for device in [d for _ in range(6) for d in random_fleet(rng, 29).values()]:
         ratio = chosen.ratio_of(device)
         tight = 0.0 if ratio is None else ratio
         assert tight * STEPS == int(tight * STEPS)
@@ -179,27 +179,93 @@ def test_devices_that_hold_nothing_are_left_out_and_named(tmp_path: Path, caplog
             caplog.clear()
 
 
-def test_power_that_changes_from_round_to_round_is_followed(tmp_path: Path) -> None:
-    values = {"fleet": "fedlps", "num-server-rounds": 6, "fraction-train": 1.0, "fraction-evaluate": 0.0}
-    run = run_toy(tmp_path, "heterofl", {**values, "batch-norm": "batch"})
-    device = load_fleet("fedlps").device(2, 4, 1)
-    for line in lines(run):
-        expected = [device_level(replace(device, partition=p), line["round"]) for p in range(4)]
-        assert line["dispatched"] == {level: expected.count(level) for level in sorted(set(expected))}
-    levels = {key for key in lines(run)[0] if key.startswith("accuracy-")} - {"accuracy-levels"}
-    assert levels == {"accuracy-a", "accuracy-b", "accuracy-c", "accuracy-d"}  # all that its power may allow
+@pytest.mark.parametrize("policy", ["level", "budget"])
+@pytest.mark.parametrize("strategy", WIDTH_METHODS)
+def test_law_11_holds_for_every_message_of_every_round(strategy: str, policy: str, tmp_path: Path) -> None:
+    """Jobs, tests and queries: what a device is sent is within the power that it has in that round."""
+    fleet = load_fleet("fedlps")
+    seen: dict[str, int] = {}
 
+    def listen(request: Message, reply: Message, partition: int) -> Message:
+        if "arrays" in request.content.array_records:
+            numbers = len(request.content.array_records["arrays"]["part"].data) / 4
+            now = fleet.device(partition, 4, 1).in_round(int(request.metadata.group_id), 1)
+            kind = request.metadata.message_type
+            assert reply.has_content(), reply
+            assert numbers / whole <= now.capacity + 1e-9 or allowed(numbers / whole, now.capacity), (kind, now)
+            seen[kind] = seen.get(kind, 0) + 1
+        return reply
 
-def device_level(device: Device, server_round: int) -> str:
-    """The largest level whose share of the parameters is within this round's power."""
+    def allowed(share: float, capacity: float) -> bool:
+        """The level policy's own measures: FlexFL's targets, and the smallest level for everybody."""
+        return policy == "level" and ((strategy == "flexfl" and share <= max(0.32, capacity + 0.06)) or share < 0.01)
+
     task = toy_task()
-    power = device.in_round(server_round, 1).capacity
     whole = num_parameters(task.layout, full(task.layout))
-    ratios = dict(zip("abcde", (1.0, 0.5, 0.25, 0.125, 0.0625), strict=True))
-    fitting = [
-        n for n, r in ratios.items() if num_parameters(task.layout, prefix_ratio(task.layout, r)) / whole <= power
-    ]
-    return fitting[0] if fitting else "e"
+    values = {"fleet": "fedlps", "num-server-rounds": 6, "fraction-train": 1.0, "fraction-evaluate": 1.0}
+    run_toy(tmp_path, strategy, {**values, "ratio-policy": policy}, alter=listen)
+    assert seen["train"] >= 6
+    assert seen["evaluate"] > 0 or strategy == "fedrolex"
+
+
+def test_time_and_energy_are_those_of_the_rounds_device(tmp_path: Path) -> None:
+    """A device at a tenth of its speed is as slow as one of that speed."""
+    rows = {"swings": "speed-macs-s = 1e8\navailability = [0.1]", "slow": "speed-macs-s = 1e7\ncapacity = 0.1\n"}
+    found = []
+    for name, row in rows.items():
+        path = tmp_path / f"{name}.toml"
+        path.write_text(f'[[class]]\nkind = "{name}"\nshare = 1.0\n{row}\n')
+        run = run_toy(tmp_path / name, "heterofl", {"fleet": str(path)})
+        found.append([(line["modelled-seconds"], line["joules"], line["dispatched"]) for line in lines(run)])
+    assert found[0] == found[1]
+
+
+def test_small_is_small_enough_for_a_fleets_weakest_moment(tmp_path: Path) -> None:
+    values = {"fleet": "fedlps", "ratio-policy": "budget", "num-server-rounds": 4, "fraction-train": 1.0}
+    run = run_toy(tmp_path, "small", values)
+    assert [len(line["cohort"]) for line in lines(run)] == [4] * 4
+
+
+def test_a_fleet_that_can_train_nothing_stops_before_round_1(tmp_path: Path) -> None:
+    for strategy in METHODS:
+        for policy in ("level", "budget"):
+            with pytest.raises(ValueError, match="no device can train anything; see capacity, memory-bytes and round"):
+                run_toy(tmp_path, strategy, {"round-deadline": 1e-6, "ratio-policy": policy})
+
+
+@pytest.mark.parametrize("strategy", ["heterofl", "fedrolex"])
+def test_two_rules_for_who_gets_how_much_are_one_too_many(strategy: str) -> None:
+    with pytest.raises(ValueError, match=f"{strategy}.assign='fix' says who gets which level, ratio-policy='budget'"):
+        experiment_of(strategy, ratio_policy="budget", **{f"{strategy}.assign": "fix"})
+
+
+def test_levels_dealt_out_by_share_are_cut_to_what_a_device_bears() -> None:
+    devices = {p: Device(p, memory_bytes=1e9, speed_macs_s=1e7, num_examples=100) for p in range(5)}
+    for assign in ("fix", "dynamic"):
+        chosen = server("heterofl", round_deadline=5.0, **{"heterofl.assign": assign, "heterofl.shares": "a1"})
+        chosen.federation.devices = devices
+        for assignment in chosen.assign(1, devices, np.random.default_rng(1)).values():
+            assert assignment.level != "a"
+            assert not excess(chosen, devices[0], assignment.submodel, 5.0)
+
+
+def test_testing_needs_memory_of_its_own() -> None:
+    """A batch of 128 may need more than training in small ones; then a smaller level is tested, or none."""
+    for strategy in WIDTH_METHODS:
+        for policy in ("level", "budget"):
+            chosen = server(strategy, ratio_policy=policy)
+            chosen.task = replace(chosen.task, training=replace(chosen.task.training, batch_size=2))
+            chosen.budget = Budget(chosen.task)
+            for memory in np.linspace(20, 40, 41) * MB:
+                device = Device(0, memory_bytes=float(memory))
+                chosen.federation.devices = chosen.devices = {0: device}
+                chosen.prepare()
+                name = chosen.level_for_evaluation(device)
+                if name is not None:
+                    part = chosen.levels()[name]
+                    assert chosen.task.memory_to_test(part) + 4 * num_parameters(chosen.task.layout, part) <= memory
+                    assert chosen.task.memory_to_train(part) <= memory
+            assert name is not None
 
 
 def test_what_was_never_told_does_not_bind() -> None:

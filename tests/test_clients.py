@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ from flexfed.flower.messages import read_update
 from flexfed.jobs import Job, Task, Update, free_memory_of
 from flexfed.methods import METHODS, fedavg, flexfl
 from flexfed.methods.flexfl import LEVELS, Teacher
-from flexfed.submodel import Submodel, extract, flatten, narrow, pack
+from flexfed.submodel import Submodel, extract, flatten, narrow, pack, unpack, within
 from flexfed.training import use_batch_statistics
 from strategies import STRATEGIES
 
@@ -45,9 +45,9 @@ class Bench:
         values = {**QUICK, "strategy": "flexfl", "flexfl.scores": SCORES, "seed": 3}
         experiment = Experiment.read({**values, **{f"flexfl.{k.replace('_', '-')}": v for k, v in knobs.items()}})
         self.task: Task = experiment.task(10, DIGITS)
-        server = STRATEGIES["flexfl"](experiment, self.task, load_server(experiment.data))
-        server.prepare()
-        self.pool: Mapping[str, Submodel] = server.levels()
+        self.server: Any = STRATEGIES["flexfl"](experiment, self.task, load_server(experiment.data))
+        self.server.prepare()
+        self.pool: Mapping[str, Submodel] = self.server.levels()
         self.arrays = server_app.initial_arrays(self.task, "", 3)
         self.data: ClientData = load_client(DataConfig(partition="iid"), 0, 8)
 
@@ -58,7 +58,13 @@ class Bench:
         sizes = [100 * target for target in self.task.method.level_targets[: len(held)]]
         part = extract(self.task.layout, self.pool[level], self.arrays)
         device = Device(0, capacity=capacity, capacity_spread=spread, **told)
-        return Job(self.pool[level], part, device, {"levels": bits, "sizes": sizes}, seed, 1)
+        return Job(self.pool[level], part, device, {"levels": bits, "sizes": sizes, "num-levels": len(held)}, seed, 1)
+
+    def sized_job(self, ratio: float, capacity: float, seed: int = 5) -> Job:
+        """Train the server's part of a ratio, as under `ratio-policy = "budget"`."""
+        assignment = self.server.sized_part(ratio, 1)
+        part = extract(self.task.layout, assignment.submodel, self.arrays)
+        return Job(assignment.submodel, part, Device(0, capacity=capacity), assignment.config, seed, 1)
 
     def train(self, *args: Any, **kwargs: Any) -> Update:
         return flexfl.local_update(self.job(*args, **kwargs), self.task, self.data)
@@ -312,6 +318,56 @@ def test_without_the_limit_every_row_is_averaged(tmp_path: Path) -> None:
     assert (before["classifier.bias"] != after["classifier.bias"]).all()
 
 
+# --- FlexFL: parts of any size ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.75, 0.97])
+def test_a_part_of_any_size_is_trained_where_it_fits_and_shrunk_where_not(bench: Bench, ratio: float) -> None:
+    """Through the levels inside it and, close to its own size, through parts in between."""
+    sent = bench.server.part_at(ratio, 1)
+    share = bench.server.budget.share(sent)
+    assert flexfl.local_update(bench.sized_job(ratio, share), bench.task, bench.data).submodel == sent
+    sent_jobs = [bench.sized_job(ratio, part * share) for part in (0.95, 0.6, 0.01)]
+    trained = [flexfl.local_update(job, bench.task, bench.data) for job in sent_jobs]
+    sizes = [bench.server.budget.share(update.submodel) for update in trained]
+    for size, capacity in zip(sizes[:2], (0.95, 0.6), strict=True):
+        known = any(level == trained[sizes.index(size)].submodel for level in bench.pool.values())
+        assert known or size <= capacity * share + 1e-9  # a level's own measure is its target
+    assert sizes == sorted(sizes, reverse=True)
+    smallest = cast(list[bytes], sent_jobs[-1].config["levels"])[0]
+    assert trained[-1].submodel == unpack(bench.task.layout, {"units": smallest})
+    for update in trained:
+        assert within(update.submodel, sent)
+        assert bench.server.level_trained(bench.server.sized_part(ratio, 1), update) in (
+            *LEVELS,
+            *(f"{k / 64:g}" for k in range(1, 65)),
+            f"{ratio:g}",
+            *(f"{ratio - k / 16:g}" for k in range(16)),
+        )
+
+
+def test_shrinking_a_little_costs_little(bench: Bench) -> None:
+    """What a device loses is less than the step between two levels."""
+    sent = bench.server.budget.share(bench.server.part_at(0.95, 1))
+    update = flexfl.local_update(bench.sized_job(0.95, 0.97 * sent), bench.task, bench.data)
+    assert bench.server.budget.share(update.submodel) > 0.8 * sent
+
+
+def test_only_levels_teach(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Submodel] = []
+    real = flexfl.Teacher.__init__
+
+    def remember(self: Teacher, task: Task, student: Submodel, level: Submodel) -> None:
+        asked.append(level)
+        real(self, task, student, level)
+
+    monkeypatch.setattr(flexfl.Teacher, "__init__", remember)
+    part = bench.server.part_at(0.9, 1)
+    flexfl.local_update(bench.sized_job(0.9, 1.0), bench.task, bench.data)
+    assert asked == [level for level in bench.pool.values() if within(level, part)]
+    assert len(asked) > 1
+
+
 # --- FlexFL: memory ---------------------------------------------------------------------------------------------
 
 
@@ -369,7 +425,7 @@ def test_methods_that_cannot_shrink_refuse_what_would_be_killed(
         if trains:
             METHODS[strategy].local_update(job, task, bench.data)
         else:
-            with pytest.raises(RuntimeError, match=r"out of memory: the part needs \d+ MB to train, 33 MB are free"):
+            with pytest.raises(RuntimeError, match=r"out of memory: the part needs \d+ MB, 33 MB are free"):
                 METHODS[strategy].local_update(job, task, bench.data)
 
 

@@ -104,6 +104,16 @@ def test_what_a_node_says_of_its_memory_is_not_blurred_by_its_fleet() -> None:
     assert told == Device(2, "weak", 1.0, 0.0, 5e8, 0.0, measure_memory=True)
     assert declared(device, {"memory-bytes": 5e8, "capacity": 0.5}) == Device(2, "weak", 0.5, 0.0, 5e8, 0.0)
     assert declared(device, {"memory-bytes": 5e8, "memory-spread-bytes": 2e7}).memory_spread_bytes == 2e7
+    for told in ({"speed-macs-s": 4e9}, {"capacity": 0.5}, {"measure-memory": True}):
+        assert declared(device, told).availability == ()
+    assert declared(device, {"link-bytes-s": 1e6, "kind": "pi"}).availability == (0.5, 1.0)
+    for wrong, meant in (
+        ("memory_bytes", "memory-bytes"),
+        ("memory-byte", "memory-bytes"),
+        ("speed-mac-s", "speed-macs-s"),
+    ):
+        with pytest.raises(ValueError, match=f"partition 2: unknown key '{wrong}'; did you mean {meant}"):
+            declared(device, {wrong: 1e9})
     for key, value, kind in (("measure-memory", 1, "true or false"), ("memory-bytes", "1 GB", "a number")):
         with pytest.raises(ValueError, match=f"node-config of partition 2: {key} must be {kind}, got"):
             declared(device, {key: value})
@@ -209,9 +219,14 @@ def test_a_fleet_of_ones_own(tmp_path: Path) -> None:
         (ROW + "capacity-spread = -0.1\n", "capacity-spread must be >= 0"),
         (ROW + "capacity-spread = []\n", "capacity-spread"),
         (ROW + "speed-macs-s = 0.0\n", "speed-macs-s must be > 0"),
+        (ROW + 'capacity-spread = ["0.1"]\n', "capacity-spread must be a number or a list of them, got"),
+        (ROW + 'availability = "all"\n', "availability must be a number or a list of them, got"),
+        (ROW + "availability = [true]\n", "availability must be a number or a list of them, got"),
+        (ROW.replace('"phone"', "3"), "kind must be a string, got 3"),
+        (ROW.replace("[[class]]", "[class]"), r"each class of a fleet is a table \[\[class\]\], got"),
+        (ROW + "memory-bytes = 1e9\nmemory_bytes = 2e9\n", "needs kind and share"),
         ("[[class]\n", "mine.toml"),
     ],
-    ids=["empty", "incomplete", "unknown", "no capacity", "words", "spread", "no spread", "speed", "no toml"],
 )
 def test_fleet_files_are_checked_before_anything_runs(text: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"

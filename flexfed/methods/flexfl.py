@@ -157,7 +157,7 @@ def strict_ratios(scores: np.ndarray, target: float, size: Size, names: Sequence
             f"flexfl.targets: no widths reach {target} of the network, only {most:.3f}: group {stuck} keeps "
             f"1 % at any strength (largest group, APoZ 1); pass flexfl.scores below 1"
         )
-    for _ in range(100):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if size(ratios(scores, 100 / middle)) <= target else (low, middle)
     return ratios(scores, 100 / low)
@@ -266,7 +266,8 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     level = _affordable(job, task, levels)
     trains = levels[level]
     arrays = job.arrays if level == len(levels) - 1 else shrink(task.layout, job.submodel, trains, job.arrays)
-    teachers = [levels[j] for j in teacher_levels(level, config)] if config.kd_weight else []
+    num_levels = int(cast(int, job.config["num-levels"]))  # of the pool; what follows them teaches nobody
+    teachers = [levels[j] for j in teacher_levels(min(level, num_levels), config)] if config.kd_weight else []
     views = [Teacher(task, trains, teacher) for teacher in teachers]
 
     def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
