@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -292,10 +291,8 @@ def test_a_hopeless_partition_is_refused_once_for_all_clients(
     monkeypatch.setattr("flexfed.data.partition_rows", counted)
     config = DataConfig(min_partition_size=least, seed=77)
     message = f"min-partition-size = {least} found no way .* {num_partitions} clients: every draw left a client too"
-    started = time.process_time()
     with pytest.raises(ValueError, match=message):
         check_partition(config, num_partitions)
-    assert time.process_time() - started < 2
     for load in (load_client, client_labels):
         for partition in (0, num_partitions - 1):
             with pytest.raises(ValueError, match=message):

@@ -17,7 +17,6 @@ from toy import (
     ScriptedGrid,
     failure,
     final_model,
-    initial_model,
     lines,
     run_toy,
     same_bits,
@@ -226,16 +225,27 @@ def test_a_round_without_any_valid_reply_keeps_the_model_and_the_run_goes_on(str
     assert before["accuracy"] != after["accuracy"]
 
 
-def test_no_device_qualifies_and_the_run_survives(tmp_path: Path) -> None:
-    fleet = tmp_path / "weak.toml"
-    fleet.write_text(WEAK)
-    run = run_toy(tmp_path, "exclusive", {"fleet": str(fleet), "num-server-rounds": 2})
-    for line in lines(run):
-        assert line["cohort"] == line["failed"] == line["refused"] == []
+def test_no_device_qualifies_for_a_round_and_the_run_survives(tmp_path: Path) -> None:
+    """Two devices that hold the whole model in some rounds only."""
+    fleet = tmp_path / "moody.toml"
+    fleet.write_text('[[class]]\nkind = "moody"\nshare = 1.0\navailability = [0.5, 0.75, 1.0]\n')
+    run = run_toy(tmp_path / "runs", "exclusive", {"fleet": str(fleet), "num-server-rounds": 6}, clients=2)
+    empty = [line for line in lines(run) if not line["cohort"]]
+    assert 0 < len(empty) < 6
+    for line in empty:
+        assert line["failed"] == line["refused"] == []
         assert line["dispatched"] == line["trained"] == {}
         assert line["bytes-down"] == line["bytes-up"] == line["macs"] == 0
         assert 0 <= line["accuracy"] <= 1
-    assert same_bits(final_model(run), initial_model(run))
+    before = {line["round"]: line["accuracy"] for line in lines(run)}
+    assert all(line["accuracy"] == before[line["round"] - 1] for line in empty if line["round"] > 1)
+
+
+def test_a_fleet_in_which_no_device_ever_qualifies_stops_before_round_1(tmp_path: Path) -> None:
+    fleet = tmp_path / "weak.toml"
+    fleet.write_text(WEAK)
+    with pytest.raises(ValueError, match="no device can train anything; see capacity, memory-bytes and round-deadline"):
+        run_toy(tmp_path / "runs", "exclusive", {"fleet": str(fleet)})
 
 
 # --- evaluations, statistics and profiles that are wrong --------------------------------------------------------
