@@ -228,7 +228,7 @@ def test_a_round_without_any_valid_reply_keeps_the_model_and_the_run_goes_on(str
 def test_no_device_qualifies_for_a_round_and_the_run_survives(tmp_path: Path) -> None:
     """Two devices that hold the whole model in some rounds only."""
     fleet = tmp_path / "moody.toml"
-    fleet.write_text('[[class]]\nkind = "moody"\nshare = 1.0\navailability = [0.5, 0.75, 1.0]\n')
+    fleet.write_text('[[class]]\nkind = "moody"\nshare = 1.0\navailability = [0.3, 0.5, 0.7, 0.9, 1.0]\n')
     run = run_toy(tmp_path / "runs", "exclusive", {"fleet": str(fleet), "num-server-rounds": 6}, clients=2)
     empty = [line for line in lines(run) if not line["cohort"]]
     assert 0 < len(empty) < 6
