@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import strategies.flexfl
 from flexfed import jobs
 from flexfed.config import Experiment
 from flexfed.data import ClientData, DataConfig, load_client, load_server
-from flexfed.devices import Device
+from flexfed.devices import Device, load_fleet
 from flexfed.flower.messages import read_update
 from flexfed.jobs import Job, Task, Update, free_memory_of
 from flexfed.methods import METHODS, fedavg, flexfl
@@ -344,6 +345,27 @@ def test_a_part_of_any_size_is_trained_where_it_fits_and_shrunk_where_not(bench:
             f"{ratio:g}",
             *(f"{ratio - k / 16:g}" for k in range(16)),
         )
+
+
+def test_a_client_has_the_power_of_the_jobs_round(tmp_path: Path) -> None:
+    """Sent what the server thinks it has, it finds the same and does not shrink; in another round it would."""
+    fleet = tmp_path / "moody.toml"
+    fleet.write_text('[[class]]\nkind = "moody"\nshare = 1.0\navailability = [0.3, 0.6, 1.0]\n')
+    seen: list[tuple[int, float]] = []
+    real = flexfl.local_update
+
+    def remember(job: Job, task: Task, data: ClientData) -> Update:
+        seen.append((job.server_round, job.device.capacity))
+        return real(job, task, data)
+
+    values = {"fleet": str(fleet), "num-server-rounds": 5}
+    with patch.dict(METHODS, flexfl=replace(METHODS["flexfl"], local_update=remember)):
+        run = run_toy(tmp_path / "runs", "flexfl", values, clients=2)
+    device = load_fleet(str(fleet))
+    for server_round, capacity in seen:
+        assert capacity in {device.device(p, 2, 1).in_round(server_round, 1).capacity for p in range(2)}
+    assert len({capacity for _, capacity in seen}) > 1
+    assert all(line["dispatched"] == line["trained"] for line in lines(run))
 
 
 def test_shrinking_a_little_costs_little(bench: Bench) -> None:

@@ -215,6 +215,12 @@ def test_a_finished_run_shows_its_summary_and_changes_nothing(
 
 def test_a_finished_run_goes_on_when_more_rounds_are_asked_for(tmp_path: Path) -> None:
     short = run(tmp_path / "a", {"strategy": NAME, "num-server-rounds": 2})
+    shutil.copytree(short, tmp_path / "killed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(diary, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            go_on(tmp_path / "killed", {"num-server-rounds": 4})
+    assert load_run(tmp_path / "killed").summary is None  # a summary means that the run is finished
     go_on(short, {"num-server-rounds": 4})
     long = run(tmp_path / "b", {"strategy": NAME, "num-server-rounds": 4})
     assert same_run(short, long)
@@ -371,6 +377,18 @@ def test_another_number_of_clients_is_refused(tmp_path: Path) -> None:
     left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 1)
     with pytest.raises(ValueError, match="the run had 4 clients, now there are 6, so their data would be o"):
         go_on(left, clients=6)
+
+
+def test_a_client_that_was_away_may_be_back(tmp_path: Path) -> None:
+    """What counts is how many clients share the data, not how many answered."""
+
+    def away(request: Message, reply: Message, partition: int) -> Message:
+        return failure(request) if partition == 3 and request.metadata.message_type == "query.profile" else reply
+
+    folder = run_toy(tmp_path, "fedavg", {"num-server-rounds": 1}, alter=away)
+    assert lines(folder)[0]["cohort"] == [0, 1, 2]
+    go_on(folder, {"num-server-rounds": 2})
+    assert lines(folder)[1]["cohort"] == [0, 1, 2, 3]
 
 
 def test_stop_at_accuracy_ends_a_run_early(tmp_path: Path) -> None:
