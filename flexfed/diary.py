@@ -94,5 +94,6 @@ class Diary:
         return pace * (self._settings.num_server_rounds - server_round)
 
     def close(self) -> None:
-        """Close what is open."""
-        self._events.close()
+        """Close what is open; a run that never wrote a round has opened nothing."""
+        if "_events" in self.__dict__:
+            self._events.close()

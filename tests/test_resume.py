@@ -302,6 +302,12 @@ def test_what_a_killed_writer_left_behind_the_checkpoint_is_cut(tmp_path: Path, 
     assert same_run(left, whole("fedavg"))
 
 
+def test_a_run_that_never_begins_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no client answered the profile query"):
+        run_toy(tmp_path, "fedavg", alter=lambda request, *_: failure(request))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_server_in_the_same_folder_is_noticed(tmp_path: Path) -> None:
     def write_too(request: Message, reply: Message, partition: int) -> Message:
         if request.metadata.group_id == "2" and partition == 0 and request.metadata.message_type == "train":
