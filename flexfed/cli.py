@@ -234,6 +234,7 @@ def runs(
     runs_dir: Annotated[str | None, typer.Option(help=f"Where to look; default: runs-dir, else {RUNS_DIR}.")] = None,
 ) -> None:
     """List run folders, those of suites included: time, strategy, data set, seed, final accuracy, path."""
+    from flexfed.report import aligned
     from flexfed.runs import find_runs
 
     with _errors():
@@ -242,9 +243,7 @@ def runs(
         if not folders:
             raise ValueError(f"no runs in {root}")
         lines = [("time", "strategy", "data set", "seed", "accuracy", "path"), *map(_describe, folders)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        typer.echo("\n".join(aligned(lines)))
 
 
 def _default_runs_dir() -> str:

@@ -23,6 +23,7 @@ class Diary:
 
     def __init__(self, config: Mapping[str, Any], settings: Settings, run_id: str, resumed: Resumed | None):
         self._config = dict(config)
+        self._identity = run_identity(self._config)
         self._settings = settings
         self._resumed = resumed
         self.folder = resumed.folder if resumed else RunFolder.named(settings.runs_dir, settings.strategy, run_id)
@@ -62,7 +63,7 @@ class Diary:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Where the run stands."""
-        marked = replace(checkpoint, run=run_identity(self._config), metrics_bytes=self._num_bytes)
+        marked = replace(checkpoint, run=self._identity, metrics_bytes=self._num_bytes)
         save_checkpoint(self.folder.path / "checkpoint", marked)
 
     def write(self, line: dict[str, Any], checkpoint: Checkpoint) -> None:

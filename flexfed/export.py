@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -27,6 +26,7 @@ from flexfed.networks import Factory
 from flexfed.report import percent, scaled
 from flexfed.runs import write_atomic
 from flexfed.submodel import extract, narrow
+from flexfed.tensorfile import open_tensors
 from flexfed.units import Arrays
 
 FORMAT = "flexfed network 1"
@@ -200,12 +200,7 @@ def exported_facts(path: str | Path) -> dict[str, str]:
 
 
 def _read(path: Path) -> tuple[dict[str, str], Arrays]:
-    try:
-        with safe_open(path, framework="np") as file:
-            facts = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+    facts, arrays = open_tensors(path)
     if facts.get("format") != FORMAT:
         raise ValueError(
             f"{path} is no exported network: expected format {FORMAT!r}, got {facts.get('format')!r}; "

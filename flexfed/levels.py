@@ -17,8 +17,7 @@ from flexfed.methods.heterofl import LEVELS, HeteroFLConfig
 from flexfed.models import MODELS
 from flexfed.networks import build_on_meta
 from flexfed.overrides import Scalar
-from flexfed.profile import aligned
-from flexfed.report import percent, scaled
+from flexfed.report import aligned, percent, scaled
 from flexfed.runs import Run, load_run
 from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, full, unpack
@@ -270,7 +269,7 @@ def read_levels(folder: str | Path) -> RunLevels:
     checkpoint = load_checkpoint(run.path / "checkpoint")
     if checkpoint is None:
         raise ValueError(
-            f"the run in {run.path} has no checkpoint: the first is written when its first round is over; "
+            f"the run in {run.path} has no checkpoint: the first is written before its first round; "
             f"go on with it: flexfed run -c \"resume='{run.path}'\""
         )
     shape = tuple(int(size) for size in checkpoint.facts["input-shape"])

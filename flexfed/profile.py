@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from flexfed.devices import Device
 from flexfed.jobs import Task
 from flexfed.measure import Measurement
 from flexfed.models import model_factory
-from flexfed.report import duration, scaled
+from flexfed.report import aligned, duration, scaled
 from flexfed.select import prefix_ratio
 from flexfed.training import Training
 from flexfed.units import trace_layout
@@ -132,9 +131,3 @@ def to_json(measured: Measurement, node_config: str, fitting: Fitting | None = N
     limits = [{"kind": kind, "name": name, "free-bytes": free} for kind, name, free in measured.limits]
     fits = {"fitting": fitting.to_json()} if fitting else {}
     return {"memory-bytes": measured.memory_bytes, "limits": limits, **values, **fits, "node-config": node_config}
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of cells, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

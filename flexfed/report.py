@@ -236,6 +236,12 @@ def curves_png(rounds: Sequence[Metrics], path: Path, title: str) -> None:
 # --- TensorBoard --------------------------------------------------------------------------------------------
 
 
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of cells, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 class EventWriter:
     """TensorBoard events of a run; does nothing where tensorboard is not installed.
 

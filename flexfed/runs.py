@@ -257,8 +257,7 @@ def read_rounds(folder: Path, num_bytes: int | None = None) -> list[dict[str, An
     Raises:
         ValueError: a line is damaged, or the file is shorter.
     """
-    path = folder / "metrics.jsonl"
-    size = path.stat().st_size if path.exists() else 0
+    path, size = folder / "metrics.jsonl", RunFolder(folder).num_bytes()
     if num_bytes is not None and size < num_bytes:
         raise ValueError(f"{path} has {size} bytes, but had {num_bytes} at the last checkpoint: rounds are lost")
     return _read_lines(path, num_bytes)

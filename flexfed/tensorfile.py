@@ -37,17 +37,25 @@ def read_tensors(path: Path, form: str) -> tuple[str, Arrays]:
     Raises:
         ValueError: no such file, truncated, changed, or something else; names the file.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+    metadata, tensors = open_tensors(path)
     if metadata.get("format") != form:
         raise ValueError(f"{path} is no {form}: its format is {metadata.get('format')!r}")
     if metadata.get("digest") != _digest(metadata.get("text", ""), tensors):
         raise ValueError(f"{path} is damaged: its digest is not that of its content")
     return metadata["text"], tensors
+
+
+def open_tensors(path: Path) -> tuple[dict[str, str], Arrays]:
+    """The metadata and the arrays of any safetensors file.
+
+    Raises:
+        ValueError: no such file, or one that cannot be read; names it.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
 def _digest(text: str, tensors: Arrays) -> str:
