@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from flexfed.submodel import Submodel, as_slice, narrow_shape, narrow_shapes, positions, relative_positions
+from flexfed.submodel import Submodel, as_slice, axes_cut, narrow_shape, narrow_shapes, positions, relative_positions
 from flexfed.units import Arrays, Layout
 
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
@@ -98,14 +98,15 @@ class Averager:
         if difference.dtype != np.float32:
             raise ValueError(f"differences must be float32, got {difference.dtype}")
         widest = self._with_all_outputs(submodel)
-        known = None if submodel.masks else self._pools.get(widest.key)
+        pooled = not submodel.masks and submodel.cut == "all"
+        known = self._pools.get(widest.key) if pooled else None
         shapes = self._shapes(submodel, widest, known)
         expected = known.total.numel() if known and widest is submodel else _num_entries(shapes)
         if difference.shape != (expected,):
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
         flat = _shared(difference)
         refuse_non_finite(flat)
-        pool = known or (None if submodel.masks else self._new_pool(widest))
+        pool = known or (self._new_pool(widest) if pooled else None)
         if pool is not None:
             if flat.shape == pool.total.shape:
                 pool.total.add_(flat, alpha=weight)
@@ -208,7 +209,7 @@ class Averager:
         for name in self._layout.shapes:
             held = [(s, w) for s, w in self._covers if s.holds(name)]
             if held:
-                count = self._coverage(name, [(w * s.units, s.units) for s, w in held])
+                count = self._coverage(name, [(w * s.units, s) for s, w in held])
                 for s, w in held:
                     if name in s.masks:
                         count = self._without_masked(name, count, s, w)
@@ -221,22 +222,23 @@ class Averager:
         add_at(torch.from_numpy(count), positions(self._layout, submodel, name), absent, -weight)
         return count
 
-    def _coverage(self, name: str, rows: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    def _coverage(self, name: str, rows: list[tuple[np.ndarray, Submodel]]) -> np.ndarray:
         """Weight that covers each (first axis, second axis) pair of a tensor: a product of two small matrices.
 
         Args:
             name: the tensor.
-            rows: for each kind of reply the weight of every unit, and which units are present.
+            rows: for each kind of reply the weight of every unit, and what it holds.
         """
         axes, shape = self._layout.axes[name], self._layout.shapes[name]
         if not axes:
             return np.asarray(sum(weights.max() for weights, _ in rows), dtype=np.float32)
         # Only outputs differ in weight within a kind, so the axis that holds them carries the weights.
         outputs_second = len(axes) > 1 and axes[1] is not None and bool(self._outputs[axes[1]].any())
-        first = np.stack([_along(axes[0], shape[0], *row, weigh=not outputs_second) for row in rows])
+        cuts = [(axes_cut(self._layout, submodel, name), weights, submodel.units) for weights, submodel in rows]
+        first = np.stack([_along(a[0], shape[0], w, units, weigh=not outputs_second) for a, w, units in cuts])
         if len(axes) == 1 or axes[1] is None:
             return np.asarray(first.sum(axis=0)).reshape(-1, *[1] * (len(shape) - 1))
-        second = np.stack([_along(axes[1], shape[1], *row, weigh=outputs_second) for row in rows])
+        second = np.stack([_along(a[1], shape[1], w, units, weigh=outputs_second) for a, w, units in cuts])
         product = torch.from_numpy(first).T @ torch.from_numpy(second)  # numpy's product has threads of its own
         return product.numpy().reshape(*shape[:2], *[1] * (len(shape) - 2))
 
@@ -245,7 +247,7 @@ class Averager:
             return np.full((1,) * len(self._layout.shapes[name]), self.total_weight, dtype=np.float32)
         self._count_covers()
         pools = [p for p in self._pools.values() if p.submodel.holds(name)]
-        weight = self._coverage(name, [(p.weights, p.submodel.units) for p in pools]) if pools else np.float32(0)
+        weight = self._coverage(name, [(p.weights, p.submodel) for p in pools]) if pools else np.float32(0)
         return np.asarray(weight + self._counted.get(name, np.float32(0)))
 
     def _numerator(self, name: str) -> torch.Tensor | None:

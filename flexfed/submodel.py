@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from flexfed.networks import Factory, build_on_meta, travelling
 from flexfed.units import Arrays, Layout
 
 
+Cut = Literal["all", "rows", "weight-rows"]
+"""Axes that a submodel's units narrow: all; the first (outputs); the first of tensors that have more than one."""
+CUTS: tuple[Cut, ...] = get_args(Cut)  # from what keeps least to what keeps most
+
+
 @dataclass(frozen=True, eq=False)
 class Submodel:
     """Which units of a network are present, which tensors, and rarely which single entries.
@@ -24,13 +30,17 @@ class Submodel:
         units: bool, (num_units,).
         keys: tensors present (depth, exits, blocks); None = all.
         masks: tensor -> bool of its narrow shape, single entries kept (unstructured pruning only).
+        cut: see `Cut`. Only what "all" keeps is a network of its own; the others say which rows of a reply travel.
     """
 
     units: np.ndarray
     keys: frozenset[str] | None = None
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    cut: Cut = "all"
 
     def __post_init__(self) -> None:
+        if self.cut not in CUTS:
+            raise ValueError(f"cut of a submodel must be one of {', '.join(CUTS)}, got {self.cut!r}")
         if self.units.dtype != np.bool_ or self.units.ndim != 1:
             raise ValueError(f"units must be a bool vector, got {self.units.dtype} of shape {self.units.shape}")
         object.__setattr__(self, "units", self.units.copy())
@@ -41,7 +51,7 @@ class Submodel:
         """Equal for equal units, tensors and masks: what replies are pooled by."""
         names = "" if self.keys is None else "\n".join(sorted(self.keys)) + "\n"
         masks = b"".join(n.encode() + np.packbits(m).tobytes() for n, m in sorted(self.masks.items()))
-        return np.packbits(self.units).tobytes() + names.encode() + masks
+        return np.packbits(self.units).tobytes() + (names + self.cut).encode() + masks
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Submodel) and len(self.units) == len(other.units) and self.key == other.key
@@ -59,9 +69,18 @@ def full(layout: Layout) -> Submodel:
     return Submodel(np.ones(layout.num_units, dtype=bool))
 
 
+def axes_cut(layout: Layout, submodel: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
+    """For each axis of a tensor the unit behind each position, None where the submodel cuts nothing."""
+    axes = layout.axes[tensor]
+    if submodel.cut == "all" or not axes:
+        return axes
+    first = axes[0] if len(axes) > 1 or submodel.cut == "rows" else None
+    return (first, *[None] * (len(axes) - 1))
+
+
 def positions(layout: Layout, submodel: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
     """For each axis of a tensor the positions that are kept, ascending; None = all of them."""
-    return tuple(_kept(units, submodel.units) for units in layout.axes[tensor])
+    return tuple(_kept(units, submodel.units) for units in axes_cut(layout, submodel, tensor))
 
 
 def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
@@ -72,9 +91,10 @@ def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
 
 
 def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
-    """Where `inner` stands inside the part that `outer` extracts; both in the full numbering."""
+    """Where `inner` stands inside the part that `outer` extracts; both in the full numbering, `outer` cut "all"."""
     return tuple(
-        None if units is None else _kept(units[outer.units[units]], inner.units) for units in layout.axes[tensor]
+        None if units is None else _kept(units[outer.units[units]], inner.units)
+        for units in axes_cut(layout, inner, tensor)
     )
 
 
@@ -85,7 +105,7 @@ def narrow_shapes(layout: Layout, submodel: Submodel) -> dict[str, tuple[int, ..
 
 def narrow_shape(layout: Layout, submodel: Submodel, tensor: str) -> tuple[int, ...]:
     """Shape of one tensor of the part."""
-    axes = zip(layout.shapes[tensor], layout.axes[tensor], strict=True)
+    axes = zip(layout.shapes[tensor], axes_cut(layout, submodel, tensor), strict=True)
     return tuple(n if units is None else int(np.count_nonzero(submodel.units[units])) for n, units in axes)
 
 
@@ -162,8 +182,8 @@ def compose(outer: Submodel, inner: Submodel) -> Submodel:
         outer: what was received.
         inner: bool over the kept units of `outer`; its `keys` must be among `outer`'s.
     """
-    if outer.masks or inner.masks:
-        raise ValueError("submodels with masks of single entries cannot be composed; expected units and keys only")
+    if outer.masks or inner.masks or (outer.cut, inner.cut) != ("all", "all"):
+        raise ValueError("submodels of rows or with masks of single entries cannot be composed; expected units and keys only")
     kept = np.flatnonzero(outer.units)
     if len(inner.units) != len(kept):
         raise ValueError(f"inner submodel should speak of the {len(kept)} units of outer, got {len(inner.units)}")
@@ -179,7 +199,8 @@ def compose(outer: Submodel, inner: Submodel) -> Submodel:
 def within(inner: Submodel, outer: Submodel) -> bool:
     """Does `outer` hold everything that `inner` holds?"""
     keys = outer.keys is None or (inner.keys is not None and inner.keys <= outer.keys)
-    return keys and not bool((inner.units & ~outer.units).any())
+    axes = CUTS.index(inner.cut) <= CUTS.index(outer.cut) or bool(outer.units.all())
+    return keys and axes and not bool((inner.units & ~outer.units).any())
 
 
 def pack(submodel: Submodel) -> dict[str, bytes]:
@@ -187,6 +208,8 @@ def pack(submodel: Submodel) -> dict[str, bytes]:
     packed = {"units": np.packbits(submodel.units).tobytes()}
     if submodel.keys is not None:
         packed["keys"] = "\n".join(sorted(submodel.keys)).encode()
+    if submodel.cut != "all":
+        packed["cut"] = submodel.cut.encode()
     for name, mask in submodel.masks.items():
         packed[f"mask:{name}"] = np.packbits(mask).tobytes()
     return packed
@@ -204,12 +227,13 @@ def unpack(layout: Layout, packed: Mapping[str, bytes]) -> Submodel:
         keys = frozenset(filter(None, packed["keys"].decode(errors="replace").split("\n")))
         if not keys <= layout.shapes.keys():
             raise ValueError(f"submodel names unknown tensors: {sorted(keys - layout.shapes.keys())[:3]}")
+    cut = cast(Cut, packed.get("cut", b"all").decode(errors="replace"))  # Submodel refuses others
     masked = {name.removeprefix("mask:"): bits for name, bits in packed.items() if name.startswith("mask:")}
-    shapes = narrow_shapes(layout, Submodel(units, keys)) if masked else {}
+    shapes = narrow_shapes(layout, Submodel(units, keys, cut=cut)) if masked else {}
     if not masked.keys() <= shapes.keys():
         raise ValueError(f"submodel masks an unknown tensor: {sorted(masked.keys() - shapes.keys())[0]!r}")
     masks = {n: _bits(b, math.prod(shapes[n]), f"mask:{n}").reshape(shapes[n]) for n, b in masked.items()}
-    return Submodel(units, keys, masks)
+    return Submodel(units, keys, masks, cut)
 
 
 def _bits(packed: bytes, num: int, what: str) -> np.ndarray:

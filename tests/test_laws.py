@@ -93,8 +93,13 @@ def masked(layout: Layout, rng: np.random.Generator) -> Submodel:
     return replace(submodel, masks={name: np.asarray(rng.uniform(size=shapes[name]) < 0.7) for name in names})
 
 
+def rows(layout: Layout, rng: np.random.Generator) -> Submodel:
+    """Rows of the weights, with every column; the vectors narrow or whole."""
+    return Submodel(random_units(layout, rng), cut="rows" if rng.uniform() < 0.5 else "weight-rows")
+
+
 KINDS: dict[str, Callable[[Layout, np.random.Generator], Submodel]] = {
-    kind.__name__: kind for kind in (with_gaps, wrapped, leading, without_outputs, without_tensors, masked)
+    kind.__name__: kind for kind in (with_gaps, wrapped, leading, without_outputs, without_tensors, masked, rows)
 }
 
 

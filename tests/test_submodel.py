@@ -80,6 +80,24 @@ def test_within(layout: Layout) -> None:
 # --- parts ------------------------------------------------------------------------------------------------------
 
 
+def test_rows_keep_every_column_and_weight_rows_every_vector(layout: Layout, arrays: Arrays) -> None:
+    units = part_of_ties(layout).units
+    rows, weights = Submodel(units, cut="rows"), Submodel(units, cut="weight-rows")
+    kept = units[layout.axes["inner.weight"][0]]
+    for submodel, bias in ((rows, arrays["inner.bias"][kept]), (weights, arrays["inner.bias"])):
+        part = extract(layout, submodel, arrays)
+        assert np.array_equal(part["inner.weight"], arrays["inner.weight"][kept])
+        assert np.array_equal(part["inner.bias"], bias)
+        assert unpack(layout, pack(submodel)) == submodel != Submodel(units)
+    assert within(Submodel(units), rows)
+    assert within(rows, weights)
+    assert within(rows, full(layout))
+    assert not within(rows, Submodel(units))
+    assert not within(weights, rows)
+    with pytest.raises(ValueError, match="cut of a submodel must be one of all, rows, weight-rows, got 'columns'"):
+        unpack(layout, {**pack(rows), "cut": b"columns"})
+
+
 def test_positions_and_shapes_of_a_part(layout: Layout) -> None:
     part = part_of_ties(layout)
     shapes = narrow_shapes(layout, part)
