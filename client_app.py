@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flexfed.batchnorm import collect_sums, pack_sums
@@ -19,14 +20,16 @@ from flexfed.data import ClientData, client_labels, load_client, normalise
 from flexfed.devices import Device, declared, load_fleet
 from flexfed.flower.messages import (
     check_code,
+    evaluation_content,
     profile_content,
     read_job,
     read_statistics,
     to_record_of_arrays,
     update_content,
 )
-from flexfed.jobs import TEST_BATCH, Job, Task, evaluate_part, require_memory, shrink
+from flexfed.jobs import TEST_BATCH, Job, Part, Task, evaluate_part, require_memory, shrink
 from flexfed.methods import METHODS
+from flexfed.personal import evaluate_personal, model_state, stored_model
 from flexfed.submodel import unpack
 from flexfed.training import batches
 
@@ -43,13 +46,20 @@ def profile(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the part that came, by the run's method; private state is saved before the reply leaves."""
+    """Train the part that came, by the run's method; private state is saved before the reply leaves.
+
+    The reply says how many seconds of processor time training took, summed over the threads of this process.
+    """
     task, data = _work(message, context)
     job = _job(message, context, task)
     folder = _state_folder(message, context)
     base = int(cast(int, _config(message)["private-round"]))
     job = replace(job, state=load_state(folder, base))
+    began = time.process_time()
     update = METHODS[_experiment(context).settings.strategy].local_update(job, task, data)
+    update = replace(update, metrics={**update.metrics, "seconds": time.process_time() - began})
+    if _experiment(context).settings.personal == "stored-local" and update.trained is not None:
+        update = replace(update, state={**update.state, **model_state(task, update.trained)})
     if update.state:
         save_state(folder, job.server_round, update.state, base)
     return Message(update_content(update), reply_to=message)
@@ -57,15 +67,23 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test the part that came on the client's validation split."""
+    """Test the part that came, or the model that this client keeps, on the client's test samples."""
     task, data = _work(message, context)
-    job = _job(message, context, task)
-    require_memory(job, task.memory_to_test)
-    record = message.content.array_records.get("statistics")
-    found = None if record is None else read_statistics(record)
-    result = evaluate_part(task, job.arrays, found, data.validation)
-    metrics = {"correct": result.correct, "loss-sum": result.loss_sum, "num-samples": result.num_samples}
-    return Message(RecordDict({"metrics": MetricRecord(cast(Any, metrics))}), reply_to=message)
+    personal = bool(_config(message).get("personal", False))
+    if "arrays" not in message.content:
+        base = int(cast(int, _config(message)["private-round"]))
+        part = stored_model(task, load_state(_state_folder(message, context), base))
+    else:
+        job = _job(message, context, task)
+        require_memory(job, task.memory_to_test)
+        part = Part(job.submodel, job.arrays)
+    if personal:
+        result = evaluate_personal(task, part, data, _experiment(context).settings.batch_norm)
+    else:
+        record = message.content.array_records.get("statistics")
+        found = None if record is None else read_statistics(record)
+        result = evaluate_part(task, part.arrays, found, data.test)
+    return Message(evaluation_content(result, personal), reply_to=message)
 
 
 @app.query("statistics")
@@ -140,7 +158,9 @@ def _data(
     key: _Key, partition: int, partitions: int, path: str, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> ClientData:
     raw = load_client(replace(_read(key).data, data_path=path), partition, partitions)
-    return replace(raw, train=normalise(raw.train, mean, std), validation=normalise(raw.validation, mean, std))
+    validation = normalise(raw.validation, mean, std)
+    test = validation if raw.test is raw.validation else normalise(raw.test, mean, std)
+    return replace(raw, train=normalise(raw.train, mean, std), validation=validation, test=test)
 
 
 def _place(context: Context) -> tuple[int, int]:

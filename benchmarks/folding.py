@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -17,7 +18,7 @@ from flexfed.flower.messages import from_array, read_update, update_content
 from flexfed.jobs import Update
 from flexfed.methods.heterofl import limit_classes
 from flexfed.models import model_factory
-from flexfed.select import prefix_ratio, window
+from flexfed.select import prefix_ratio, top, window
 from flexfed.submodel import Submodel, as_slice, full, narrow_shapes, positions
 from flexfed.units import Arrays, Layout, trace_layout
 
@@ -28,6 +29,8 @@ NUM_REPLIES = 100
 NUM_FULL = 20  # replies of full models, for Flower's FedAvg
 REPETITIONS = 9
 BOUND = 1.5
+ALONE = (1 / 2, 1 / 4)  # rates of units that never recur
+UNITS_BOUND = 6.0
 MEMORY_BOUND = 3.0
 
 
@@ -75,7 +78,13 @@ def scattered(layout: Layout, number: int) -> Submodel:
     return window(layout, RATES[number % len(RATES)], start=number)
 
 
+def chosen(layout: Layout, number: int, rate: float) -> Submodel:
+    """The best units by scores of the client's own, as FedLPS has them: no two replies hold the same."""
+    return top(layout, np.random.default_rng(number).standard_normal(layout.num_units), rate)
+
+
 Kind = Callable[[Layout, int], Submodel]
+Per = Literal["coverage", "total"]
 KINDS: dict[str, Kind] = {
     "prefixes": prefix,
     "label-limited rows": limited,
@@ -88,9 +97,9 @@ BOUNDED = ("prefixes", "label-limited rows")  # what the bound on time was asked
 # Time -----------------------------------------------------------------------------------------------------
 
 
-def fold(layout: Layout, previous: Arrays, contents: Iterator[RecordDict]) -> Arrays:
+def fold(layout: Layout, previous: Arrays, contents: Iterator[RecordDict], per: Per = "coverage") -> Arrays:
     """What the server does with its replies: parse, check, weigh, add, take the mean."""
-    averager = Averager(layout, previous)
+    averager = Averager(layout, previous, per)
     for content in contents:
         update = read_update(content, layout)
         averager.add(update.submodel, update.difference, update.weight)
@@ -129,19 +138,29 @@ def against_slice_add(kind: str) -> Row:
 
     Windows have prefixes of the same sizes for a yardstick: the slice-add could not add them by slices.
     """
-    layout, yardstick = resnet_layout(), KINDS[kind] if kind in BOUNDED else prefix
-    submodels = [KINDS[kind](layout, number) for number in range(NUM_REPLIES)]
-    contents = [reply(layout, submodel, number) for number, submodel in enumerate(submodels)]
+    seconds = _seconds(KINDS[kind], KINDS[kind] if kind in BOUNDED else prefix)
+    return _row(f"100 replies, {kind}: Averager / slice-add", seconds, NUM_REPLIES, BOUND if kind in BOUNDED else None)
+
+
+def units_that_never_recur(rate: float, per: Per) -> Row:
+    """100 replies of one rate, other units in each; the yardstick are prefixes of the same sizes, as with windows."""
+    seconds = _seconds(partial(chosen, rate=rate), lambda layout, _: prefix_ratio(layout, rate), per)
+    what = f"100 replies, rate {rate:g}, units that never recur, mean per {per}: Averager / slice-add"
+    return _row(what, seconds, NUM_REPLIES, UNITS_BOUND)
+
+
+def _seconds(kind: Kind, yardstick: Kind, per: Per = "coverage") -> dict[str, float]:
+    layout = resnet_layout()
+    contents = [reply(layout, kind(layout, number), number) for number in range(NUM_REPLIES)]
     previous, plans = draw_model(layout), [plan(layout, yardstick(layout, number)) for number in range(NUM_REPLIES)]
     flats = [from_array(content.array_records["arrays"]["part"]) for content in contents]
-    seconds = interleaved(
+    return interleaved(
         {
-            "ours": lambda: fold(layout, previous, iter(contents)),
+            "ours": lambda: fold(layout, previous, iter(contents), per),
             "bare": lambda: slice_add(layout, plans, flats),
         },
         REPETITIONS,
     )
-    return _row(f"100 replies, {kind}: Averager / slice-add", seconds, NUM_REPLIES, BOUND if kind in BOUNDED else None)
 
 
 def against_flower() -> Row:
@@ -195,4 +214,5 @@ def memory() -> Iterator[Row]:
 def rows() -> list[Row]:
     """All of it."""
     times = [against_slice_add(kind) for kind in KINDS]
-    return [*times, against_flower(), *memory()]
+    alone = [units_that_never_recur(rate, per) for per in ("coverage", "total") for rate in ALONE]
+    return [*times, *alone, against_flower(), *memory()]

@@ -27,6 +27,7 @@ from flexfed.units import Arrays, Layout
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
 _LARGEST = 1e18  # of an entry: its square, and a sum of many, still fit in float32
 _BLOCK = 256  # replies whose coverage is kept as bits before it is counted
+_AT_ONCE = 1 << 16  # numbers read, added to and written back while they are in the processor's cache
 
 
 @dataclass
@@ -299,7 +300,10 @@ def refuse_non_finite(flat: torch.Tensor) -> None:
 
 
 def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torch.Tensor, weight: float) -> None:
-    """into[kept] += weight * values, in place: by slices where axes are kept as runs, else by (row, column) pairs."""
+    """into[kept] += weight * values, in place: by slices where axes are kept as runs, else by (row, column) pairs.
+
+    Only the first two axes may be cut; `into` is contiguous.
+    """
     if not values.numel():
         return
     runs = [slice(None) if index is None else as_slice(index) for index in kept]
@@ -310,5 +314,25 @@ def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torc
         into.index_add_(0, torch.from_numpy(kept[0]), values, alpha=weight)
         return
     rows, columns = (np.arange(n) if i is None else i for i, n in zip(kept[:2], into.shape[:2], strict=True))
-    pairs = torch.from_numpy((rows[:, None] * into.shape[1] + columns).reshape(-1))
-    into.view(into.shape[0] * into.shape[1], -1).index_add_(0, pairs, values.reshape(len(pairs), -1), alpha=weight)
+    inner = math.prod(into.shape[2:])
+    step = max(1, _AT_ONCE // (len(columns) * inner))
+    for begin in range(0, len(rows), step):
+        block = slice(begin, begin + step)
+        pairs = (rows[block, None] * into.shape[1] + columns).reshape(-1)
+        _add_at_pairs(into.view(-1, inner), pairs, values[block].reshape(-1), weight)
+
+
+def _add_at_pairs(into: torch.Tensor, pairs: np.ndarray, values: torch.Tensor, weight: float) -> None:
+    """Add to some rows of a matrix, each at most once.
+
+    Short rows (3 x 3 kernels) are read and written as one item each, by numpy: torch's `index_add_` adds single numbers
+    fast, but starts anew for every row, which takes six times as long.
+    """
+    if into.shape[1] == 1:
+        into.view(-1).index_add_(0, torch.from_numpy(pairs), values, alpha=weight)
+        return
+    numbers = into.numpy()
+    items = numbers.view(np.dtype((np.void, numbers[0].nbytes)))[:, 0]
+    taken = np.take(items, pairs)
+    torch.from_numpy(taken.view(numbers.dtype)).add_(values, alpha=weight)
+    np.put(items, pairs, taken)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from flexfed.bandits import BANDITS, BanditConfig
 from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
@@ -20,7 +21,9 @@ T = TypeVar("T")
 
 BATCH_NORM = ("static", "batch")
 REPLY_ORDER = ("cohort", "arrival")
-RATIO_POLICIES = ("level", "budget")
+BANDIT_PREFIX = "bandit."
+RATIO_POLICIES = ("own", "level", "budget", *BANDITS)
+PERSONAL = ("own", "none", "stored-local", "global-masked")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,12 @@ class Settings:
         fraction_train: share of the devices in a round's cohort.
         fraction_evaluate: share of the devices that test their level on their own validation split.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
-        ratio_policy: how much of the model a device gets: the method's own 'level' that it holds, or the most that
-            its 'budget' allows, in steps of 1/64.
+        ratio_policy: how much of the model a device gets: the level of the method that it holds ('level'), the most
+            that its 'budget' allows, in steps of 1/64, or what a bandit makes of that (`flexfed.bandits`); 'own' =
+            what its paper has: p-ucbv for FedLPS, else level.
+        personal: which models of their own all clients test in every evaluation: what each trained last
+            ('stored-local'), its units of the global model ('global-masked'), or 'none'; 'own' = stored-local for
+            FedLPS, else none.
         round_deadline: modelled seconds that a device may take to receive its part, train it and send it back;
             tests and queries come on top; 0 = any.
         batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
@@ -56,7 +63,8 @@ class Settings:
     fraction_train: float = 0.5
     fraction_evaluate: float = 0.5
     evaluate_every: int = 1
-    ratio_policy: str = "level"
+    ratio_policy: str = "own"
+    personal: str = "own"
     round_deadline: float = 0.0
     batch_norm: str = "static"
     reply_order: str = "cohort"
@@ -74,6 +82,7 @@ class Settings:
         _one_of("batch-norm", self.batch_norm, BATCH_NORM)
         _one_of("reply-order", self.reply_order, REPLY_ORDER)
         _one_of("ratio-policy", self.ratio_policy, RATIO_POLICIES)
+        _one_of("personal", self.personal, PERSONAL)
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"fraction-train must be in (0, 1], got {self.fraction_train}")
         if not 0 <= self.fraction_evaluate <= 1:
@@ -99,12 +108,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run's whole configuration."""
+    """One run's whole configuration; what `settings` left to the method ('own') is filled in."""
 
     settings: Settings
     data: DataConfig
     training: Training
     method: Any
+    bandit: BanditConfig = field(default_factory=BanditConfig)
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Experiment:
@@ -113,7 +123,7 @@ class Experiment:
         Raises:
             ValueError: an unknown name or an impossible value; says which and lists what is possible.
         """
-        settings = read(Settings, values)
+        settings = _filled(read(Settings, values))
         method = METHODS[settings.strategy]
         knobs: Any = read(method.config, values, method.prefix)
         if settings.ratio_policy != "level" and getattr(knobs, "assign", "capacity") != "capacity":
@@ -121,7 +131,8 @@ class Experiment:
                 f"{method.prefix}assign={knobs.assign!r} says who gets which level, ratio-policy="
                 f"{settings.ratio_policy!r} how much each device gets: leave one of them at its default"
             )
-        return cls(settings, read(DataConfig, values), read(Training, values), knobs)
+        bandit = read(BanditConfig, values, BANDIT_PREFIX)
+        return cls(settings, read(DataConfig, values), read(Training, values), knobs, bandit)
 
     def task(self, num_classes: int, input_shape: tuple[int, ...]) -> Task:
         """The network, traced, and how it is trained.
@@ -135,6 +146,24 @@ class Experiment:
         return Task(factory, layout, input_shape, num_classes, self.training, self.method)
 
 
+def _filled(settings: Settings) -> Settings:
+    """Replace what is left to the method.
+
+    Raises:
+        ValueError: a bandit for a method that has no widths to choose from.
+    """
+    method = METHODS[settings.strategy]
+    if settings.ratio_policy in BANDITS and not method.any_width:
+        able = ", ".join(name for name, m in METHODS.items() if m.any_width)
+        raise ValueError(
+            f"ratio-policy={settings.ratio_policy!r} needs a method that gives each device a width of its own: {able}; "
+            f"{settings.strategy} does not"
+        )
+    policy = method.ratio_policy if settings.ratio_policy == "own" else settings.ratio_policy
+    personal = method.personal if settings.personal == "own" else settings.personal
+    return replace(settings, ratio_policy=policy, personal=personal)
+
+
 def read(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Fill a dataclass from the keys that carry its fields' names, written with hyphens behind `prefix`.
 
@@ -142,10 +171,10 @@ def read(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """
     hints = get_type_hints(cls)
     given = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        key = prefix + field.name.replace("_", "-")
+    for knob in fields(cls):  # type: ignore[arg-type]
+        key = prefix + knob.name.replace("_", "-")
         if key in values:
-            given[field.name] = _convert(key, values[key], hints[field.name])
+            given[knob.name] = _convert(key, values[key], hints[knob.name])
     return cls(**given)
 
 
@@ -157,7 +186,7 @@ def keys_of(cls: type, prefix: str = "") -> dict[str, Any]:
 def defaults_of(strategy: str) -> dict[str, Any]:
     """Every key that a run of a strategy reads, with its default."""
     method = METHODS[strategy]
-    shared = {**keys_of(Settings), **keys_of(DataConfig), **keys_of(Training)}
+    shared = {**keys_of(Settings), **keys_of(DataConfig), **keys_of(Training), **keys_of(BanditConfig, BANDIT_PREFIX)}
     return {**shared, **keys_of(method.config, method.prefix)}
 
 

@@ -58,13 +58,14 @@ def forward_macs(factory: Factory, layout: Layout, submodel: Submodel, input_sha
 
 @lru_cache(maxsize=256)
 def _forward_macs(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...]) -> int:
-    model = _network_on_meta(factory, shapes)
+    model = network_on_meta(factory, shapes)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, *input_shape, device="meta"))
     return int(counter.get_total_flops()) // 4  # two samples, two FLOPs a MAC
 
 
-def _network_on_meta(factory: Factory, shapes: _Shapes) -> torch.nn.Module:
+def network_on_meta(factory: Factory, shapes: _Shapes) -> torch.nn.Module:
+    """A network with tensors of these shapes, without memory, ready to train."""
     return use_batch_statistics(resize(build_on_meta(factory), dict(shapes))).train()
 
 
@@ -103,7 +104,7 @@ def training_memory(
 
 @lru_cache(maxsize=256)
 def _training_memory(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...], training: Training) -> int:
-    model = _network_on_meta(factory, shapes)
+    model = network_on_meta(factory, shapes)
     optimizer = build_optimizer(model, training, training.learning_rate)
     with _Storages() as storages:
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -130,7 +131,7 @@ def testing_memory(
 
 @lru_cache(maxsize=256)
 def _testing_memory(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...], batch_size: int) -> int:
-    model = _network_on_meta(factory, shapes).eval()
+    model = network_on_meta(factory, shapes).eval()
     with torch.no_grad(), _Storages() as storages:
         for tensor in [*model.parameters(), *model.buffers()]:
             storages.follow(tensor)
@@ -178,14 +179,19 @@ def memory_budget(training_memory: int) -> int:
     return math.ceil(BUDGET_FACTOR * training_memory) + BUDGET_BYTES
 
 
-def modelled_seconds(device: Device, macs: int, num_bytes: int) -> float:
-    """Compute time plus transfer time on a device, from its declared speed and link."""
-    return macs / device.speed_macs_s + num_bytes / device.link_bytes_s
+def modelled_seconds(device: Device, macs: int, bytes_down: int, bytes_up: int) -> float:
+    """Time to receive, compute and send on a device, from its declared speed and link."""
+    return macs / device.speed_macs_s + _radio_seconds(device, bytes_down, bytes_up)
 
 
-def modelled_joules(device: Device, macs: int, num_bytes: int) -> float:
-    """Energy of computing and sending on a device, from its declared watts."""
-    return device.compute_watts * macs / device.speed_macs_s + device.radio_watts * num_bytes / device.link_bytes_s
+def modelled_joules(device: Device, macs: int, bytes_down: int, bytes_up: int) -> float:
+    """Energy of receiving, computing and sending on a device, from its declared watts."""
+    radio = device.radio_watts * _radio_seconds(device, bytes_down, bytes_up)
+    return device.compute_watts * macs / device.speed_macs_s + radio
+
+
+def _radio_seconds(device: Device, bytes_down: int, bytes_up: int) -> float:
+    return bytes_down / (device.download_bytes_s or device.link_bytes_s) + bytes_up / device.link_bytes_s
 
 
 def shares(layout: Layout, submodels: Mapping[str, Submodel]) -> dict[str, float]:

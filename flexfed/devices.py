@@ -24,13 +24,15 @@ class Device:
         partition: the client's index: its data and its identity across runs.
         kind: name of its class in the fleet.
         capacity: nominal share of the full model's parameters that it can train; above 1 leaves room to spare.
+        width: largest ratio of every layer's units that it can keep, FedLPS's capability z; infinite = never told.
         capacity_spread: standard deviation of what other programs take from it; see `capacity_now`.
         memory_bytes: nominally free for training, beside Python, torch and the data; infinite = never told.
         memory_spread_bytes: standard deviation of what other programs take from it; see `memory_now`.
         measure_memory: a real device, which looks at the memory really free whenever a job arrives.
         availability: shares of its power, one of which it has in each round; empty = always all of it.
         speed_macs_s: multiply-accumulates a second.
-        link_bytes_s: bytes a second, both ways.
+        link_bytes_s: bytes a second away from the device, and towards it unless the next one says otherwise.
+        download_bytes_s: bytes a second towards the device; 0 = as `link_bytes_s`, which then is the speed both ways.
         compute_watts: power while it computes.
         radio_watts: power while it sends or receives.
         num_examples: its training samples.
@@ -40,6 +42,7 @@ class Device:
     partition: int
     kind: str = "device"
     capacity: float = 1.0
+    width: float = math.inf
     capacity_spread: float = 0.0
     memory_bytes: float = math.inf
     memory_spread_bytes: float = 0.0
@@ -47,6 +50,7 @@ class Device:
     availability: tuple[float, ...] = ()
     speed_macs_s: float = 1e9
     link_bytes_s: float = 1e6
+    download_bytes_s: float = 0.0
     compute_watts: float = 1.0
     radio_watts: float = 1.0
     num_examples: int = 0
@@ -56,11 +60,13 @@ class Device:
         for key in ("capacity", "speed_macs_s", "link_bytes_s"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) > 0):
                 raise ValueError(f"device {self.partition}: {_key(key)} must be > 0, got {getattr(self, key)}")
-        if not self.memory_bytes > 0:
-            raise ValueError(f"device {self.partition}: memory-bytes must be > 0, got {self.memory_bytes}")
+        for key in ("memory_bytes", "width"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"device {self.partition}: {_key(key)} must be > 0, got {getattr(self, key)}")
         if not all(0 < share <= 1 for share in self.availability):
             raise ValueError(f"device {self.partition}: availability must lie in (0, 1], got {self.availability}")
-        for key in ("capacity_spread", "memory_spread_bytes", "compute_watts", "radio_watts", "num_examples"):
+        others = ("download_bytes_s", "compute_watts", "radio_watts", "num_examples")
+        for key in ("capacity_spread", "memory_spread_bytes", *others):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
                 raise ValueError(f"device {self.partition}: {_key(key)} must be >= 0, got {getattr(self, key)}")
 
@@ -76,7 +82,7 @@ class Device:
         return self.memory_bytes - abs(float(rng.normal(0.0, self.memory_spread_bytes)))
 
     def in_round(self, server_round: int, seed: int) -> Device:
-        """The device as it is in one round: capacity, memory and speed times one of its `availability`.
+        """The device as it is in one round: capacity, width, memory and speed times one of its `availability`.
 
         Drawn from (seed, round, partition), so that the server and the device itself know the same.
         """
@@ -93,6 +99,7 @@ class Device:
         return replace(
             self,
             capacity=share * self.capacity,
+            width=share * self.width,
             memory_bytes=share * self.memory_bytes,
             speed_macs_s=share * self.speed_macs_s,
             availability=(),
@@ -106,12 +113,14 @@ class DeviceClass:
     kind: str
     share: float
     capacity: float = 1.0
+    width: float = math.inf
     capacity_spread: tuple[float, ...] = (0.0,)
     memory_bytes: float = math.inf
     memory_spread_bytes: float = 0.0
     availability: tuple[float, ...] = ()
     speed_macs_s: float = 1e9
     link_bytes_s: float = 1e6
+    download_bytes_s: float = 0.0
     compute_watts: float = 1.0
     radio_watts: float = 1.0
 
@@ -203,10 +212,10 @@ _SPREADS = {"capacity": "capacity_spread", "memory_bytes": "memory_spread_bytes"
 def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
     """The device as its SuperNode's node-config declares it: keys there win over the fleet's.
 
-    The keys: kind, capacity, capacity-spread, memory-bytes, memory-spread-bytes, measure-memory, speed-macs-s,
-    link-bytes-s, compute-watts, radio-watts. A device that tells of itself is not blurred by its fleet's noise; one
-    that tells its memory is no simulated device: what it holds follows from that, and from its own `capacity` if it
-    tells one.
+    The keys: kind, capacity, width, capacity-spread, memory-bytes, memory-spread-bytes, measure-memory, speed-macs-s,
+    link-bytes-s, download-bytes-s, compute-watts, radio-watts. A device that tells of itself is not blurred by its
+    fleet's noise; one that tells its memory is no simulated device: what it holds follows from that, and from its own
+    `capacity` if it tells one. One that tells of its link alone has that speed both ways.
 
     Raises:
         ValueError: a value of the wrong kind, or a key that looks like one of these.
@@ -222,8 +231,10 @@ def declared(device: Device, node_config: Mapping[str, Any]) -> Device:
             )
     values = {name: _declared_value(device.partition, name, value) for name, value in told.items()}
     if "memory_bytes" in told:
-        values = {"capacity": 1.0, "capacity_spread": 0.0, **values}
-    if told.keys() - {"kind", "link_bytes_s", "compute_watts", "radio_watts"}:
+        values = {"capacity": 1.0, "width": math.inf, "capacity_spread": 0.0, **values}
+    if "link_bytes_s" in told:
+        values.setdefault("download_bytes_s", 0.0)
+    if told.keys() - {"kind", "link_bytes_s", "download_bytes_s", "compute_watts", "radio_watts"}:
         values["availability"] = ()
     for name in _SPREADS.keys() & told.keys():
         values.setdefault(_SPREADS[name], 0.0)

@@ -15,7 +15,12 @@ from flexfed.units import Arrays
 
 def level_statistics(task: Task, level: Submodel, arrays: Arrays, samples: Samples) -> Statistics:
     """Batch-norm statistics of a level on samples; a short last batch does not weigh like a full one."""
-    model = task.network(extract(task.layout, level, arrays))
+    return part_statistics(task, extract(task.layout, level, arrays), samples)
+
+
+def part_statistics(task: Task, part: Arrays, samples: Samples) -> Statistics:
+    """The same of a part."""
+    model = task.network(part)
     return statistics(collect_sums(model, (batch.inputs for batch in batches(samples, TEST_BATCH)), "pooled"))
 
 

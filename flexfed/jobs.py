@@ -19,10 +19,12 @@ from flexfed.training import (
     Evaluation,
     Loss,
     Samples,
+    Step,
     Training,
     cross_entropy,
     evaluate,
     fit,
+    plain_step,
     use_batch_statistics,
 )
 from flexfed.units import Arrays, Layout
@@ -60,6 +62,13 @@ class Job:
     state: Arrays = field(default_factory=dict)
 
 
+class Part(NamedTuple):
+    """A submodel and its tensors."""
+
+    submodel: Submodel
+    arrays: Arrays
+
+
 @dataclass(frozen=True)
 class Update:
     """What a client learned.
@@ -70,6 +79,8 @@ class Update:
         weight: its weight in the mean where the method weighs by examples.
         metrics: numbers for the record of the round, among them "macs" and "train-loss".
         state: what the client keeps for itself until its next job; it never travels. Empty = nothing new.
+        told: what else the method tells the server (FedLPS: the order of its units).
+        trained: the part after training, whole: the client's own model. It never travels.
     """
 
     submodel: Submodel
@@ -77,6 +88,8 @@ class Update:
     weight: float
     metrics: Mapping[str, float]
     state: Arrays = field(default_factory=dict)
+    told: Mapping[str, bytes] = field(default_factory=dict)
+    trained: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +130,12 @@ class Task:
 
 
 class Trained(NamedTuple):
-    """A narrow network after local training, with the mean loss and the samples trained on."""
+    """A network after local training, and what training showed; see `flexfed.training.FitResult`."""
 
     arrays: Arrays
     loss: float
     num_samples: int
+    accuracy: float
 
 
 LocalUpdate = Callable[[Job, Task, "ClientData"], Update]
@@ -153,15 +167,20 @@ def require_memory(job: Job, needed: Callable[[Submodel], int]) -> None:
 
 
 def train_network(
-    model: torch.nn.Module, job: Job, task: Task, samples: Samples, loss: Loss = cross_entropy
+    model: torch.nn.Module,
+    job: Job,
+    task: Task,
+    samples: Samples,
+    loss: Loss = cross_entropy,
+    step: Step = plain_step,
 ) -> Trained:
     """Train a network with the run's settings and the job's seed, in place."""
     rng = np.random.default_rng(job.seed)
     torch.manual_seed(job.seed)  # dropout
     learning_rate = task.training.rate_at(job.server_round)
-    result = fit(model, samples, task.training, learning_rate, rng, loss)
+    result = fit(model, samples, task.training, learning_rate, rng, loss, step)
     arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    return Trained(arrays, result.loss, result.num_samples)
+    return Trained(arrays, result.loss, result.num_samples, result.accuracy)
 
 
 def make_update(
@@ -191,11 +210,12 @@ def make_update(
         values -= arrays[name]  # in place: a device has no room for a third copy of the part
     metrics = {
         "train-loss": trained.loss,
+        "train-accuracy": trained.accuracy,
         "macs": float(training_macs(task.macs(received), trained.num_samples) + macs),
     }
     if reported is not None and reported.key != received.key:
         difference = _part_of(task.layout, received, reported, difference)
-    return Update(reported or received, difference, weight, metrics)
+    return Update(reported or received, difference, weight, metrics, trained=Part(received, trained.arrays))
 
 
 def _part_of(layout: Layout, outer: Submodel, inner: Submodel, difference: np.ndarray) -> np.ndarray:

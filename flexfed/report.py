@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # `accuracy-<name>` with these names is no level of the method.
 _NO_LEVELS = frozenset({"levels", "clients", "worst-tenth", "personal"})
+_PERSONAL = "personal-"  # before a capability
 _SIZES = ("XS", "S", "M-", "M", "L-", "L", "XL")
 _NAMES = {
     "accuracy": "largest model reported",
@@ -29,8 +30,10 @@ _COSTS = {
     "macs": "multiply-adds",
     "macs-evaluation": "for evaluation, as well",
     "modelled-seconds": "modelled time",
+    "modelled-seconds-training": "of it, training",
     "joules": "modelled energy",
     "wall-seconds": "measured time",
+    "client-seconds": "measured client time",
     "refused": "refused replies",
     "failed": "failed clients",
 }
@@ -74,7 +77,7 @@ def cost(key: str, value: float | None) -> str:
     """One of the totals of a summary with its unit."""
     if value is None:
         return "-"
-    if key.endswith("seconds"):
+    if "seconds" in key:
         return duration(value)
     return scaled(value, "B" if key.startswith("bytes") else "J" if key == "joules" else "")
 
@@ -82,6 +85,7 @@ def cost(key: str, value: float | None) -> str:
 def level_names(metrics: Iterable[str]) -> list[str]:
     """The method's levels among metric names, smallest first: S, M, L, or letters with a as the largest."""
     names = {name.removeprefix("accuracy-") for name in metrics if name.startswith("accuracy-")} - _NO_LEVELS
+    names = {name for name in names if not name.startswith(_PERSONAL)}
     if names <= set(_SIZES):
         return sorted(names, key=_SIZES.index)
     return sorted(names, reverse=True)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from flexfed.overrides import Scalar, flatten, nest, read_toml
 Metrics = Mapping[str, Any]  # one round's line of metrics.jsonl
 
 # Summed over the rounds; everything else that is a number is a quality of the model at that round.
-TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "macs-evaluation", "modelled-seconds", "joules")
+TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "macs-evaluation", "modelled-seconds", "modelled-seconds-training", "joules")
 # Means over the devices that can hold a level of the method at all. A method without small levels (`exclusive`,
 # FedRolex) leaves weak devices out of them, so these numbers of it stand beside no other method's.
 DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
-CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "time", "timestamp"})
+CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "client-seconds", "time", "timestamp"})
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Run:
         rounds: the lines of metrics.jsonl, in order.
         timing: round -> measured seconds.
         summary: summary.json; None while the run is unfinished.
+        client_timing: round -> seconds of processor time in which its clients trained; rounds of older code have none.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Run:
     rounds: Sequence[Metrics]
     timing: Mapping[int, float]
     summary: Mapping[str, Any] | None
+    client_timing: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,10 @@ class RunFolder:
             raise ValueError(f"metrics.jsonl must not depend on the clock, got {sorted(clocks)}; use append_timing")
         _append_line(self.path / "metrics.jsonl", metrics)
 
-    def append_timing(self, server_round: int, seconds: float) -> None:
-        """Add the measured seconds of one round to timing.jsonl."""
-        _append_line(self.path / "timing.jsonl", {"round": server_round, "seconds": round(seconds, 3)})
+    def append_timing(self, server_round: int, seconds: float, client_seconds: float) -> None:
+        """Add what was measured of one round to timing.jsonl: its seconds, and its clients' seconds of training."""
+        measured = {"seconds": round(seconds, 3), "client-seconds": round(client_seconds, 3)}
+        _append_line(self.path / "timing.jsonl", {"round": server_round, **measured})
 
     def finish(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write model.safetensors, curves.png and, last, summary.json; return the summary.
@@ -140,20 +143,28 @@ class RunFolder:
         Args:
             arrays: the final global model.
             facts: what the rounds do not say: strategy, model, dataset, seed, parameters, ...; they win over
-                what is computed from the rounds. `wall-seconds` defaults to the sum of timing.jsonl.
+                what is computed from the rounds. `wall-seconds` and `client-seconds` default to the sums of
+                timing.jsonl; the latter is left out where a round was written by code that did not measure it.
         """
         from safetensors.numpy import save
 
         from flexfed.report import curves_png
 
         run = load_run(self.path)
-        summary = summarise(run.rounds, {"wall-seconds": round(sum(run.timing.values()), 3), **facts})
+        summary = summarise(run.rounds, {**_measured(run), **facts})
         # order="C" and not ascontiguousarray, which gives scalars an axis.
         dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         write_atomic(self.path / "model.safetensors", save(dense))
         curves_png(run.rounds, self.path / "curves.png", title_of(summary))
         write_atomic(self.path / "summary.json", (json.dumps(_plain(summary), indent=2) + "\n").encode())
         return summary
+
+
+def _measured(run: Run) -> dict[str, float]:
+    totals = {"wall-seconds": round(sum(run.timing.values()), 3)}
+    if run.client_timing.keys() == run.timing.keys():
+        totals["client-seconds"] = round(sum(run.client_timing.values()), 3)
+    return totals
 
 
 def absolute_path(key: str, value: str) -> None:
@@ -235,9 +246,14 @@ def load_run(path: str | Path) -> Run:
         path=folder,
         config=read_config(folder),
         rounds=_read_lines(folder / "metrics.jsonl"),
-        timing={line["round"]: line["seconds"] for line in timing if {"round", "seconds"} <= line.keys()},
+        timing=_by_round(timing, "seconds"),
         summary=_read_summary(folder / "summary.json"),
+        client_timing=_by_round(timing, "client-seconds"),
     )
+
+
+def _by_round(lines: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    return {line["round"]: line[key] for line in lines if {"round", key} <= line.keys()}
 
 
 def read_config(folder: Path) -> dict[str, Scalar]:

@@ -83,12 +83,12 @@ def window(layout: Layout, ratio: float, start: int, step: int = 1) -> Submodel:
     return Submodel(units)
 
 
-def top(layout: Layout, scores: np.ndarray, ratio: float) -> Submodel:
+def top(layout: Layout, scores: np.ndarray, ratio: float, rounding: Rounding = "ceil") -> Submodel:
     """The `ratio` of every group with the highest scores; of equal scores the lower unit number wins."""
     units = np.zeros(layout.num_units, dtype=bool)
     for group, span in layout.groups.items():
         size = len(span)
-        kept = size if group in layout.fixed else kept_units(ratio, size)
+        kept = size if group in layout.fixed else kept_units(ratio, size, rounding)
         order = np.argsort(-scores[span.start : span.stop], kind="stable")
         units[span.start + order[:kept]] = True
     return Submodel(units)

@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from flexfed.networks import Factory, build_on_meta, travelling
 from flexfed.units import Arrays, Layout
 
-
 Cut = Literal["all", "rows", "weight-rows"]
 """Axes that a submodel's units narrow: all; the first (outputs); the first of tensors that have more than one."""
 CUTS: tuple[Cut, ...] = get_args(Cut)  # from what keeps least to what keeps most
@@ -183,7 +182,9 @@ def compose(outer: Submodel, inner: Submodel) -> Submodel:
         inner: bool over the kept units of `outer`; its `keys` must be among `outer`'s.
     """
     if outer.masks or inner.masks or (outer.cut, inner.cut) != ("all", "all"):
-        raise ValueError("submodels of rows or with masks of single entries cannot be composed; expected units and keys only")
+        raise ValueError(
+            "submodels of rows or with masks of single entries cannot be composed; expected units and keys only"
+        )
     kept = np.flatnonzero(outer.units)
     if len(inner.units) != len(kept):
         raise ValueError(f"inner submodel should speak of the {len(kept)} units of outer, got {len(inner.units)}")

@@ -19,7 +19,9 @@ COSTS = {
     "macs": "multiply-adds",
     "macs-evaluation": "for evaluation, as well",
     "modelled-seconds": "modelled time",
+    "modelled-seconds-training": "of it, training",
     "joules": "modelled energy",
+    "client-seconds": "measured client time",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,10 +63,17 @@ class Training:
 
 @dataclass(frozen=True)
 class FitResult:
-    """Mean loss over the samples seen in the last epoch, and how many samples were trained on in all."""
+    """What training showed of itself.
+
+    Attributes:
+        loss: mean over the samples seen in the last epoch.
+        num_samples: trained on in all.
+        accuracy: share of samples that were right just before they were learned from; mean over the epochs.
+    """
 
     loss: float
     num_samples: int
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -91,10 +98,31 @@ class Evaluation:
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(network, inputs, labels) -> scalar loss of one batch."""
 
+Step = Callable[[torch.optim.Optimizer], None]
+"""What follows a batch's backward pass: an update of the weights, and of whatever a method learns beside them."""
+
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Plain cross-entropy of one batch."""
     return functional.cross_entropy(model(inputs), labels)
+
+
+def proximal(model: nn.Module, start: Mapping[str, Tensor], weight: float) -> Tensor:
+    """(weight / 2) * ||w - w_0||^2 over the parameters; nothing where the weight is 0.
+
+    Args:
+        model: whose parameters are w.
+        start: parameter name -> w_0.
+        weight: mu.
+    """
+    if not weight:
+        return torch.zeros(())
+    return weight / 2 * torch.stack([((p - start[n]) ** 2).sum() for n, p in model.named_parameters()]).sum()
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> None:
+    """One step of the weights alone."""
+    optimizer.step()
 
 
 def use_batch_statistics(model: nn.Module) -> nn.Module:
@@ -113,6 +141,7 @@ def fit(
     learning_rate: float,
     rng: np.random.Generator,
     loss: Loss = cross_entropy,
+    step: Step = plain_step,
 ) -> FitResult:
     """Train a network in place, with a fresh optimiser.
 
@@ -123,6 +152,7 @@ def fit(
         learning_rate: of this round.
         rng: draws the order of samples.
         loss: of one batch.
+        step: what follows each backward pass, after gradients were clipped.
 
     Raises:
         ValueError: fewer than two samples (batch norm has no statistics then).
@@ -132,21 +162,44 @@ def fit(
     model.train()
     optimizer = build_optimizer(model, training, learning_rate)
     seen = 0
-    for _ in range(training.local_epochs):
-        loss_sum = 0.0
-        in_epoch = 0
-        for batch in batches(samples, training.batch_size, rng, training.drop_last):
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(model, batch.inputs, batch.labels)
-            value.backward()  # type: ignore[no-untyped-call]
-            if training.clip_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
-            optimizer.step()
-            loss_sum += float(value.detach()) * len(batch.labels)
-            in_epoch += len(batch.labels)
-        seen += in_epoch
+    right: list[float] = []
+    with _LastOutput(model) as logits:
+        for _ in range(training.local_epochs):
+            loss_sum = 0.0
+            in_epoch = correct = 0
+            for batch in batches(samples, training.batch_size, rng, training.drop_last):
+                optimizer.zero_grad(set_to_none=True)
+                value = loss(model, batch.inputs, batch.labels)
+                value.backward()  # type: ignore[no-untyped-call]
+                if training.clip_norm:
+                    nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+                step(optimizer)
+                loss_sum += float(value.detach()) * len(batch.labels)
+                correct += int((logits.value.argmax(1) == batch.labels).sum())
+                in_epoch += len(batch.labels)
+            seen += in_epoch
+            right.append(correct / in_epoch)
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the network
-    return FitResult(loss_sum / in_epoch, seen)
+    return FitResult(loss_sum / in_epoch, seen, float(np.mean(right)))
+
+
+class _LastOutput:
+    """What a network last gave, whichever loss asked for it; a context manager."""
+
+    value: Tensor
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def __enter__(self) -> _LastOutput:
+        def remember(_: nn.Module, __: object, output: Tensor) -> None:
+            self.value = output.detach()
+
+        self._handle = self._model.register_forward_hook(remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
 
 
 def samples_trained(num_examples: int, training: Training) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.base import SubmodelStrategy
 from strategies.fedavg import Exclusive, FedAvg, Small
+from strategies.fedlps import FedLPS
 from strategies.fedrolex import FedRolex
 from strategies.flexfl import FlexFL
 from strategies.heterofl import HeteroFL
@@ -11,6 +12,7 @@ from strategies.heterofl import HeteroFL
 STRATEGIES: dict[str, type[SubmodelStrategy]] = {
     "exclusive": Exclusive,
     "fedavg": FedAvg,
+    "fedlps": FedLPS,
     "fedrolex": FedRolex,
     "flexfl": FlexFL,
     "heterofl": HeteroFL,

@@ -27,9 +27,7 @@ from flexfed.flower.messages import (
     from_record_of_arrays,
     job_content,
     num_bytes,
-    read_evaluation,
     read_update,
-    statistics_content,
     to_array,
     to_record_of_arrays,
 )
@@ -38,6 +36,7 @@ from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays
 from strategies.record import RoundRecord
+from strategies.testing import ClientTests
 
 log = logging.getLogger("flwr")
 
@@ -57,7 +56,8 @@ class SubmodelStrategy(Strategy):
         task: the network and how it is trained.
         server: the proxy and test splits, normalised.
         transform: values every job carries: how to normalise as the server does, and the name of the run.
-        on_round: called after every round with its line and with all that is needed to go on from there.
+        on_round: called after every round with its line, with all that is needed to go on from there, and with the
+            processor seconds that its clients measured.
         resumed: where the run stood when it was left; its next round is the first one here.
     """
 
@@ -69,7 +69,7 @@ class SubmodelStrategy(Strategy):
         task: Task,
         server: ServerData,
         transform: Mapping[str, Scalar] | None = None,
-        on_round: Callable[[dict[str, Any], Checkpoint], None] | None = None,
+        on_round: Callable[[dict[str, Any], Checkpoint, float], None] | None = None,
         resumed: Checkpoint | None = None,
     ):
         self.experiment = experiment
@@ -78,17 +78,16 @@ class SubmodelStrategy(Strategy):
         self.server = server
         self.transform = dict(transform or {})
         self.on_round = on_round
-        self.budget = Budget(task, self.settings.round_deadline, self.macs_beside)
+        self.budget = Budget(task, self.settings.round_deadline, self.macs_beside, self.download_of)
+        self.tests = ClientTests(self)
         self.federation = Federation(task)
         self.devices: Mapping[int, Device] = {}  # as they are in this round
         self.record = RoundRecord(0)
         self.asked = self.accepted = 0  # jobs and valid replies of the whole run
         self._assigned: Mapping[int, Assignment] = {}
-        self._sent_beside: dict[int, int] = {}  # partition -> bytes of the last query or test sent to it
         self._statistics: Mapping[str, Statistics | None] = {}
         self._resumed = resumed
         self._begun = False
-        self._testers: dict[int, str] = {}  # this round's
         self._private_rounds: dict[int, int] = {}  # partition -> round of its last accepted private state
         self._offset = 0  # Flower's `start` counts from 1 again
         if resumed is not None:
@@ -126,6 +125,10 @@ class SubmodelStrategy(Strategy):
         """What a device of the cohort trains."""
         return Assignment(full(self.task.layout), "full")
 
+    def largest_part(self, device: Device, server_round: int) -> Assignment | None:
+        """The most that a device can train in a round; None = nothing."""
+        return self.part_of(device, server_round) if self.can_train(device) else None
+
     def weigh(self, update: Update) -> float:
         """A reply's weight in the mean: its number of examples."""
         return update.weight
@@ -138,6 +141,10 @@ class SubmodelStrategy(Strategy):
         """Multiply-accumulates a sample beside training a part itself, for the round's deadline."""
         return 0
 
+    def download_of(self, submodel: Submodel) -> Submodel:
+        """What a device is sent that is to train a part: the part, unless it cuts that out itself."""
+        return submodel
+
     def level_for_evaluation(self, device: Device) -> str | None:
         """The evaluated level that a device tests: the largest it can hold and test; None if there is none."""
         levels = self.levels()
@@ -146,8 +153,20 @@ class SubmodelStrategy(Strategy):
         ]
         return max(fitting, key=lambda name: self.budget.share(levels[name]), default=None)
 
+    def check(self, partition: int, update: Update) -> None:
+        """Refuse a reply, before any of it counts, that the method could not learn from.
+
+        Raises:
+            ValueError: says why.
+        """
+
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Learn from an accepted reply (bandits, votes, masks)."""
+
+    def kept_units(self, update: Update) -> np.ndarray:
+        """Units of the part that the client trained, outputs included that its reply left out: its own model."""
+        units: np.ndarray = update.submodel.units | self.task.layout.fixed_units
+        return units
 
     def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
         """The server's own step after the mean."""
@@ -224,6 +243,7 @@ class SubmodelStrategy(Strategy):
             self.prepare()
         else:
             self.load_state_dict(self._resumed.state)
+            self.tests.load_state_dict(self._resumed.state)
         self.devices = self.federation.devices
         left_out = [p for p, d in self.devices.items() if not any(map(self.can_train, d.states()))]
         if len(left_out) == len(self.devices):
@@ -238,7 +258,7 @@ class SubmodelStrategy(Strategy):
             arrays=self._arrays,
             levels={name: pack(level) for name, level in self.levels().items()},
             statistics=self._statistics,
-            state=self.state_dict(),
+            state={**self.state_dict(), **self.tests.state_dict()},
             facts=self._facts(),
         )
 
@@ -262,19 +282,23 @@ class SubmodelStrategy(Strategy):
     def _jobs(self, server_round: int) -> Iterator[Message]:
         parts: dict[bytes, Array] = {}
         for partition, assignment in self._assigned.items():
-            part = self._part(parts, assignment.submodel)
+            part = self.part(parts, assignment.submodel)
             seed = self.seed_of(server_round, partition)
-            base = self._private_rounds.get(partition, 0)
-            content = job_content(part, assignment, seed, server_round, {**self.transform, "private-round": base})
+            content = job_content(part, assignment, seed, server_round, {**self.transform, **self.base_of(partition)})
             message = self.federation.message(partition, content, "train", server_round)
             self.record.bytes_down[partition] = num_bytes(message)
             yield message
+
+    def base_of(self, partition: int) -> dict[str, Scalar]:
+        """The round of a client's last accepted private state, for its message; 0 = none."""
+        return {"private-round": self._private_rounds.get(partition, 0)}
 
     def seed_of(self, server_round: int, partition: int) -> int:
         """The seed of one client and round."""
         return int(np.random.SeedSequence([self.settings.seed, server_round, partition]).generate_state(1)[0])
 
-    def _part(self, parts: dict[bytes, Array], submodel: Submodel) -> Array:
+    def part(self, parts: dict[bytes, Array], submodel: Submodel) -> Array:
+        """A part of the global model for the wire, extracted once for each distinct submodel in `parts`."""
         key = submodel.key
         if key not in parts:
             layout = self.task.layout
@@ -316,10 +340,12 @@ class SubmodelStrategy(Strategy):
         told = self.devices[partition].num_examples
         if update.weight > told:
             raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
+        self.check(partition, update)
         averager.add(update.submodel, update.difference, self.weigh(update))
         self.record.count(self.devices[partition], level, update, num_bytes(reply))
         if update.metrics.get("kept-state"):
             self._private_rounds[partition] = server_round
+        self.tests.keep(partition, update)
         self.observe(server_round, partition, update)
 
     def _note(self, where: list[dict[str, Any]], partition: int, reason: str) -> None:
@@ -339,36 +365,15 @@ class SubmodelStrategy(Strategy):
             return []
         found = self.level_statistics(server_round, self._arrays, grid)
         self._statistics = found
-        self._testers = self.testers()
         self.record.quality = measure_levels(
             self.task, self.levels(), self.headline(), self._arrays, found, self.server.test
         )
-        return self._evaluation_messages(server_round, found)
-
-    def testers(self) -> dict[int, str]:
-        """The partitions whose device can test an evaluated level in this round, and which."""
-        found = {p: self.level_for_evaluation(device) for p, device in self.devices.items()}
-        return {partition: name for partition, name in found.items() if name is not None}
+        return self.tests.messages(server_round, found)
 
     def num_testers(self) -> int:
         """Devices that can test an evaluated level in some round."""
         devices = self.federation.devices.values()
         return sum(any(self.level_for_evaluation(state) is not None for state in d.states()) for d in devices)
-
-    def _evaluation_messages(self, server_round: int, found: Mapping[str, Statistics | None]) -> Iterator[Message]:
-        levels, able = self.levels(), self._testers
-        rng = np.random.default_rng([self.settings.seed, server_round, 1])
-        num = int(np.ceil(self.settings.fraction_evaluate * len(able)))
-        parts: dict[bytes, Array] = {}
-        for partition in sorted(rng.permutation(sorted(able))[:num].tolist()):
-            name = able[partition]
-            assignment = Assignment(levels[name], name)
-            content = job_content(self._part(parts, levels[name]), assignment, 0, server_round, self.transform)
-            if found[name] is not None:
-                content["statistics"] = statistics_content(found[name])  # type: ignore[arg-type]
-            message = self.federation.message(partition, content, "evaluate", server_round)
-            self._sent_beside[partition] = num_bytes(message)
-            yield message
 
     def final_model(self) -> Arrays:
         """The model that the run reports, with the batch-norm statistics it was last evaluated with."""
@@ -382,20 +387,15 @@ class SubmodelStrategy(Strategy):
             RunOver: the model is as good as `stop-at-accuracy` asks for.
         """
         server_round += self._offset
-        testers, levels = self._testers, self.levels()
         for reply in replies:
             partition = self.federation.partition_of(reply)
             try:
-                result = read_evaluation(reply)
-                self.record.clients.append(result)
-                macs = result.num_samples * self.task.macs(levels[testers[partition]])
-                travelled = self._sent_beside[partition] + num_bytes(reply)
-                self.record.count_beside("test", self.devices[partition], macs, travelled)
+                self.tests.read(partition, reply)
             except ValueError as cause:
                 self._note(self.record.failed, partition, str(cause))
         line = self.record.line()
         if self.on_round is not None:
-            self.on_round(line, self.checkpoint())
+            self.on_round(line, self.checkpoint(), self.record.client_seconds)
         if reached(line, self.settings.stop_at_accuracy):
             raise RunOver
         return None

@@ -22,7 +22,7 @@ class FedRolex(HeteroFL):
     def level_for_evaluation(self, device: Device) -> str | None:
         """Devices that train the full network test it; no smaller model exists."""
         whole = full(self.task.layout)
-        if self.settings.ratio_policy == "level":
+        if self.policy is None:
             trains = self.can_train(device) and self.task.method.ratios[self.level_of(device)] == 1
         else:
             trains = self.budget.holds(device, whole)

@@ -51,11 +51,12 @@ class FlexFL(WidthStrategy):
         self._cut_pool(given or measure_scores(self.task, self.server, self.settings.seed))
 
     def state_dict(self) -> State:
-        """The scores; the pool follows from them."""
-        return {"apoz": list(self._apoz)}
+        """The scores, from which the pool follows, and what the policy has learned."""
+        return {**super().state_dict(), "apoz": list(self._apoz)}
 
     def load_state_dict(self, state: State) -> None:
         """Cut the same pool again."""
+        super().load_state_dict(state)
         self._cut_pool(state["apoz"])
 
     def _cut_pool(self, apoz: Sequence[float] | np.ndarray) -> None:
@@ -113,7 +114,7 @@ class FlexFL(WidthStrategy):
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
     ) -> Mapping[int, Assignment]:
         """Draw sizes, then devices nominally able to hold them; under a budget every device of a cohort has its own."""
-        if self.settings.ratio_policy != "level":
+        if self.policy is not None:
             return super().assign(server_round, devices, rng)
         method = self.task.method
         able = eligible({p: 100 * d.capacity for p, d in devices.items()}, method)
@@ -138,7 +139,7 @@ class FlexFL(WidthStrategy):
 
     def can_train(self, device: Device) -> bool:
         """Whether memory and deadline allow the smallest level, which the paper gives to everybody."""
-        if self.settings.ratio_policy == "level":
+        if self.policy is None:
             return self.budget.bears(device, self._pool[LEVELS[0]])
         return super().can_train(device)
 
@@ -154,7 +155,7 @@ class FlexFL(WidthStrategy):
             self._parts[ratio] = self._cut(sized_ratios(self._scores, target, self._share, names))
         return self._parts[ratio]
 
-    def sized_part(self, ratio: float, server_round: int) -> Assignment:
+    def sized_part(self, ratio: float, device: Device, server_round: int) -> Assignment:
         """Any size; to shrink to, parts a few steps smaller, and the levels inside it."""
         part = self.part_at(ratio, server_round)
         inside = self._levels_inside(part)
@@ -190,7 +191,7 @@ class FlexFL(WidthStrategy):
 
     def level_for_evaluation(self, device: Device) -> str | None:
         """The main level that the device nominally holds, the smallest for everybody; what memory and time allow."""
-        if self.settings.ratio_policy != "level":
+        if self.policy is not None:
             return super().level_for_evaluation(device)
         main = [self._pool[LEVELS[i]] for i in MAIN_LEVELS if i <= self._capable(device)]
         fitting = [part for part in main if self.budget.bears(device, part) and self.budget.tests(device, part)]

@@ -64,7 +64,8 @@ class HeteroFL(WidthStrategy):
     def _nominal_level(self, device: Device) -> int:
         method = self.task.method
         if method.assign == "capacity":
-            return capacity_level(device.capacity, self._sizes)
+            narrow = (i for i, ratio in enumerate(method.ratios) if ratio <= device.width + 1e-9)
+            return max(capacity_level(device.capacity, self._sizes), next(narrow, len(method.ratios) - 1))
         if method.assign == "dynamic" and self._dynamic is not None:
             return int(self._dynamic[self._ranks[device.partition]])
         return int(self._fixed[self._ranks[device.partition]])
@@ -79,11 +80,12 @@ class HeteroFL(WidthStrategy):
         return fixed_levels(len(self.federation.devices), parse_shares(method.shares, len(method.ratios)))
 
     def state_dict(self) -> State:
-        """The levels drawn last."""
-        return {} if self._dynamic is None else {"dynamic": self._dynamic}
+        """The levels drawn last, and what the policy has learned."""
+        return {**super().state_dict(), **({} if self._dynamic is None else {"dynamic": self._dynamic})}
 
     def load_state_dict(self, state: State) -> None:
         """Put them back."""
+        super().load_state_dict(state)
         self._dynamic = state.get("dynamic")
 
     def assign(
@@ -107,13 +109,13 @@ class HeteroFL(WidthStrategy):
 
     def can_train(self, device: Device) -> bool:
         """Whether memory and deadline allow the smallest level, which the paper gives to everybody."""
-        if self.settings.ratio_policy == "level":
+        if self.policy is None:
             return self.budget.bears(device, self._parts[-1])
         return super().can_train(device)
 
     def level_for_evaluation(self, device: Device) -> str | None:
         """The level that it trains, or a smaller one that its memory allows to test; under a budget the largest."""
-        if self.settings.ratio_policy != "level":
+        if self.policy is not None:
             return super().level_for_evaluation(device)
         if not self.can_train(device):
             return None
@@ -140,12 +142,15 @@ class HeteroFL(WidthStrategy):
     def _asked(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics]:
         """Statistics of each level, summed over the clients that can hold it; none for a level nobody answers for."""
         sums: dict[str, BatchNormSums] = {}
+        sent: dict[int, int] = {}  # partition -> bytes of its question
         levels = self.levels()
         widths = {
             name: norm_widths(self.task.network(extract(self.task.layout, level, arrays)))
             for name, level in levels.items()
         }
-        for reply in grid.send_and_receive(self._questions(server_round, arrays), timeout=self.settings.round_timeout):
+        for reply in grid.send_and_receive(
+            self._questions(server_round, arrays, sent), timeout=self.settings.round_timeout
+        ):
             partition = self.federation.partition_of(reply)
             try:
                 answer = self._answer(reply, widths)
@@ -153,13 +158,12 @@ class HeteroFL(WidthStrategy):
                     sums[name] = add_sums(sums[name], own) if name in sums else own
                 device = self.devices[partition]
                 macs = device.num_examples * sum(self.task.macs(levels[name]) for name in answer)
-                travelled = self._sent_beside[partition] + num_bytes(reply)
-                self.record.count_beside("statistics", device, macs, travelled)
+                self.record.count_beside("statistics", device, macs, sent[partition], num_bytes(reply))
             except (KeyError, ValueError) as cause:
                 self._note(self.record.failed, partition, f"statistics query: {cause}")
         return {name: statistics(total) for name, total in sums.items() if any(total.counts.values())}
 
-    def _questions(self, server_round: int, arrays: Arrays) -> Iterator[Message]:
+    def _questions(self, server_round: int, arrays: Arrays, sent: dict[int, int]) -> Iterator[Message]:
         """One message a client: its largest level, and the bits of the smaller ones it can cut out of it."""
         levels = self.levels()
         flat = {
@@ -174,7 +178,7 @@ class HeteroFL(WidthStrategy):
             content["levels"] = ConfigRecord({n: pack(levels[n])["units"] for n in held})
             content["query"] = ConfigRecord({"definition": self.task.method.statistics})
             message = self.federation.message(partition, content, "query.statistics", server_round)
-            self._sent_beside[partition] = num_bytes(message)
+            sent[partition] = num_bytes(message)
             yield message
 
     def _answer(self, reply: Message, widths: Mapping[str, Mapping[str, int]]) -> dict[str, BatchNormSums]:

@@ -16,7 +16,7 @@ from flexfed.training import Evaluation
 
 @dataclass
 class RoundRecord:
-    """Filled while a round runs; holds nothing that depends on the clock."""
+    """Filled while a round runs; nothing that depends on the clock enters its line."""
 
     server_round: int
     dispatched: dict[int, str] = field(default_factory=dict)  # partition -> level
@@ -28,32 +28,35 @@ class RoundRecord:
     macs: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase, its slowest device
     joules: float = 0.0
+    client_seconds: float = 0.0  # of processor time, as the clients measured their training: not in the line
     losses: list[tuple[float, float]] = field(default_factory=list)  # (weight, loss)
     refused: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     clients: list[Evaluation] = field(default_factory=list)
+    personal: list[tuple[str, Evaluation]] = field(default_factory=list)  # (capability, test of a client's own model)
 
     def count(self, device: Device, level: str, update: Update, bytes_up: int) -> None:
         """Add an accepted reply: a synchronous round lasts as long as its slowest device."""
         macs = int(update.metrics.get("macs", 0))
-        travelled = self.bytes_down.get(device.partition, 0) + bytes_up
         self.trained[level] += 1
         self.bytes_up += bytes_up
         self.macs += macs
-        self._spend("train", device, macs, travelled)
+        self.client_seconds += update.metrics.get("seconds", 0.0)
+        self._spend("train", device, macs, self.bytes_down.get(device.partition, 0), bytes_up)
         self.losses.append((update.weight, update.metrics.get("train-loss", 0.0)))
 
-    def count_beside(self, phase: str, device: Device, macs: int, travelled: int) -> None:
+    def count_beside(self, phase: str, device: Device, macs: int, bytes_down: int, bytes_up: int) -> None:
         """Add what a device did beside training: a query answered, a test of its own."""
-        self.bytes_beside += travelled
+        self.bytes_beside += bytes_down + bytes_up
         self.macs_beside += macs
-        self._spend(phase, device, macs, travelled)
+        self._spend(phase, device, macs, bytes_down, bytes_up)
 
-    def _spend(self, phase: str, device: Device, macs: int, travelled: int) -> None:
+    def _spend(self, phase: str, device: Device, macs: int, bytes_down: int, bytes_up: int) -> None:
         """Phases follow each other; within one, devices work side by side."""
-        self.seconds[phase] = max(self.seconds.get(phase, 0.0), modelled_seconds(device, macs, travelled))
-        self.joules += modelled_joules(device, macs, travelled)
+        seconds = modelled_seconds(device, macs, bytes_down, bytes_up)
+        self.seconds[phase] = max(self.seconds.get(phase, 0.0), seconds)
+        self.joules += modelled_joules(device, macs, bytes_down, bytes_up)
 
     def line(self) -> dict[str, Any]:
         """The line of metrics.jsonl; keys without a value this round are left out."""
@@ -68,6 +71,7 @@ class RoundRecord:
             "macs": int(self.macs),
             "macs-evaluation": self.macs_beside,
             "modelled-seconds": sum(self.seconds.values()),
+            "modelled-seconds-training": self.seconds.get("train", 0.0),
             "joules": self.joules,
             "refused": self.refused,
             "failed": self.failed,
@@ -80,7 +84,22 @@ class RoundRecord:
         if tested:
             line["accuracy-clients"] = float(np.mean(tested))
             line["accuracy-worst-tenth"] = worst_tenth(tested)
-        return line
+        return {**line, **self._personal_line()}
+
+    def _personal_line(self) -> dict[str, Any]:
+        """Accuracy of the clients' own models: mean over clients, their worst tenth, and by capability."""
+        tested = [(group, e.accuracy) for group, e in self.personal if e.num_samples]
+        if not tested:
+            return {}
+        all_of_them = [accuracy for _, accuracy in tested]
+        groups = sorted({group for group, _ in tested})
+        by_group = {g: float(np.mean([accuracy for group, accuracy in tested if group == g])) for g in groups}
+        return {
+            "clients-personal": len(tested),
+            "accuracy-personal": float(np.mean(all_of_them)),
+            "accuracy-personal-worst-tenth": worst_tenth(all_of_them),
+            **{f"accuracy-personal-{group}": accuracy for group, accuracy in by_group.items()},
+        }
 
 
 def worst_tenth(accuracies: list[float]) -> float:

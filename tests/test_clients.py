@@ -63,7 +63,7 @@ class Bench:
 
     def sized_job(self, ratio: float, capacity: float, seed: int = 5) -> Job:
         """Train the server's part of a ratio, as under `ratio-policy = "budget"`."""
-        assignment = self.server.sized_part(ratio, 1)
+        assignment = self.server.sized_part(ratio, Device(0), 1)
         part = extract(self.task.layout, assignment.submodel, self.arrays)
         return Job(assignment.submodel, part, Device(0, capacity=capacity), assignment.config, seed, 1)
 
@@ -339,7 +339,7 @@ def test_a_part_of_any_size_is_trained_where_it_fits_and_shrunk_where_not(bench:
     assert trained[-1].submodel == unpack(bench.task.layout, {"units": smallest})
     for update in trained:
         assert within(update.submodel, sent)
-        assert bench.server.level_trained(bench.server.sized_part(ratio, 1), update) in (
+        assert bench.server.level_trained(bench.server.sized_part(ratio, Device(0), 1), update) in (
             *LEVELS,
             *(f"{k / 64:g}" for k in range(1, 65)),
             f"{ratio:g}",

@@ -122,6 +122,7 @@ def test_costs_hold_evaluation_and_energy():
     found = Comparison("t", [Row("a", {1: run(**costs)})], None, ["accuracy"])
     cells = [cell(found, 1, "a", name) for name in ("for evaluation", "for evaluation, as well", "modelled energy")]
     assert cells == ["2 MB", "3 M", "1.50 kJ"]
+    assert cell(found, 1, "a", "measured client time") == "-", "a run of older code has none"
     assert max(map(len, to_text(found).splitlines())) <= 120
 
 

@@ -10,6 +10,7 @@ from toy import ROOT, ScriptedGrid, final_model, lines, run_toy, toy_config
 
 import client_app
 import server_app
+from flexfed.bandits import BanditConfig
 from flexfed.config import Experiment, Settings, keys_of, read
 from flexfed.data import DataConfig
 from flexfed.methods import METHODS
@@ -24,7 +25,7 @@ from strategies import STRATEGIES
 
 def knobs() -> dict[str, Any]:
     """Every knob with its default, as the dataclasses have it; a client's own folder is told by its node-config."""
-    found = {**keys_of(Settings), **keys_of(DataConfig), **keys_of(Training)}
+    found = {**keys_of(Settings), **keys_of(DataConfig), **keys_of(Training), **keys_of(BanditConfig, "bandit.")}
     del found["data-path"]
     for method in METHODS.values():
         found.update(keys_of(method.config, method.prefix))
@@ -120,7 +121,7 @@ def test_wrong_types_are_refused(values: dict[str, Any], match: str) -> None:
 
 # --- one clear error before round 1 -----------------------------------------------------------------------------
 
-EVERYBODY = "exclusive, fedavg, fedrolex, flexfl, heterofl, small"
+EVERYBODY = "exclusive, fedavg, fedlps, fedrolex, flexfl, heterofl, small"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ EVERYBODY = "exclusive, fedavg, fedrolex, flexfl, heterofl, small"
         ({"partition": "natural"}, "needs id-column"),
         ({"batch-norm": "frozen"}, "unknown batch-norm 'frozen'; known: batch, static"),
         ({"reply-order": "any"}, "unknown reply-order 'any'; known: arrival, cohort"),
-        ({"ratio-policy": "p-ucb"}, "unknown ratio-policy 'p-ucb'; known: budget, level"),
+        ({"ratio-policy": "p-ucb"}, "unknown ratio-policy 'p-ucb'; known: budget, epsilon-greedy, fixed, level, own, p-ucbv"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; known: sgd, adam"),
         ({"strategy": "small", "small.ratio": 0.0}, r"small.ratio must be in \(0, 1\], got 0"),
         ({"strategy": "small", "small.ratio": 1.5}, r"small.ratio must be in \(0, 1\], got 1.5"),

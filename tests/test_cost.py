@@ -138,9 +138,15 @@ def test_a_message_is_four_bytes_a_parameter() -> None:
 
 def test_seconds_and_joules_of_a_device() -> None:
     device = Device(0, speed_macs_s=2e9, link_bytes_s=1e6, compute_watts=5.0, radio_watts=0.5)
-    assert modelled_seconds(device, 4_000_000_000, 3_000_000) == pytest.approx(2 + 3)
-    assert modelled_joules(device, 4_000_000_000, 3_000_000) == pytest.approx(2 * 5 + 3 * 0.5)
-    assert modelled_seconds(device, 0, 0) == modelled_joules(device, 0, 0) == 0
+    assert modelled_seconds(device, 4_000_000_000, 1_000_000, 2_000_000) == pytest.approx(2 + 3)
+    assert modelled_joules(device, 4_000_000_000, 1_000_000, 2_000_000) == pytest.approx(2 * 5 + 3 * 0.5)
+    assert modelled_seconds(device, 0, 0, 0) == modelled_joules(device, 0, 0, 0) == 0
+
+
+def test_a_link_may_be_faster_towards_the_device() -> None:
+    device = Device(0, speed_macs_s=2e9, link_bytes_s=1e6, download_bytes_s=4e6, compute_watts=5.0, radio_watts=0.5)
+    assert modelled_seconds(device, 4_000_000_000, 2_000_000, 3_000_000) == pytest.approx(2 + 0.5 + 3)
+    assert modelled_joules(device, 4_000_000_000, 2_000_000, 3_000_000) == pytest.approx(2 * 5 + 3.5 * 0.5)
 
 
 def test_shares_are_of_the_full_network() -> None:

@@ -26,6 +26,7 @@ def fleet(*shares: float) -> Fleet:
         ({"capacity": float("nan")}, "capacity must be > 0"),
         ({"speed_macs_s": -1.0}, "speed-macs-s must be > 0, got -1.0"),
         ({"link_bytes_s": 0.0}, "link-bytes-s must be > 0"),
+        ({"download_bytes_s": -1.0}, "download-bytes-s must be >= 0, got -1.0"),
         ({"capacity_spread": -0.1}, "capacity-spread must be >= 0"),
         ({"compute_watts": float("inf")}, "compute-watts must be >= 0"),
         ({"memory_bytes": 0.0}, "memory-bytes must be > 0, got 0.0"),
@@ -72,7 +73,7 @@ def test_availability_is_drawn_anew_every_round_and_alike_everywhere() -> None:
 
 
 def test_a_record_holds_all_of_a_device() -> None:
-    device = Device(3, "weak", 0.35, 0.05, 4e8, 1e7, True, (0.5, 1.0), 2e9, 1e5, 3.0, 0.5, 120, (0, 4, 9))
+    device = Device(3, "weak", 0.35, 0.05, 4e8, 1e7, True, (0.5, 1.0), 2e9, 1e5, 2e5, 3.0, 0.5, 120, (0, 4, 9))
     assert from_record(to_record(device)) == device
     assert from_record(to_record(Device(0))) == Device(0)
     assert "capacity-spread" in to_record(device)
@@ -106,7 +107,7 @@ def test_what_a_node_says_of_its_memory_is_not_blurred_by_its_fleet() -> None:
     assert declared(device, {"memory-bytes": 5e8, "memory-spread-bytes": 2e7}).memory_spread_bytes == 2e7
     for told in ({"speed-macs-s": 4e9}, {"capacity": 0.5}, {"measure-memory": True}):
         assert declared(device, told).availability == ()
-    assert declared(device, {"link-bytes-s": 1e6, "kind": "pi"}).availability == (0.5, 1.0)
+    assert declared(device, {"link-bytes-s": 1e6, "download-bytes-s": 2e6, "kind": "pi"}).availability == (0.5, 1.0)
     for wrong, meant in (
         ("memory_bytes", "memory-bytes"),
         ("memory-byte", "memory-bytes"),
@@ -117,6 +118,14 @@ def test_what_a_node_says_of_its_memory_is_not_blurred_by_its_fleet() -> None:
     for key, value, kind in (("measure-memory", 1, "true or false"), ("memory-bytes", "1 GB", "a number")):
         with pytest.raises(ValueError, match=f"node-config of partition 2: {key} must be {kind}, got"):
             declared(device, {key: value})
+
+
+def test_a_node_that_tells_of_its_link_alone_has_that_speed_both_ways() -> None:
+    device = Device(2, link_bytes_s=1e6, download_bytes_s=8e6)
+    assert declared(device, {"link-bytes-s": 5e5}) == Device(2, link_bytes_s=5e5)
+    assert declared(device, {"download-bytes-s": 4e6}) == Device(2, link_bytes_s=1e6, download_bytes_s=4e6)
+    both = {"link-bytes-s": 5e5, "download-bytes-s": 4e6}
+    assert declared(device, both) == Device(2, link_bytes_s=5e5, download_bytes_s=4e6)
 
 
 # --- fleets -----------------------------------------------------------------------------------------------------
@@ -183,6 +192,8 @@ def test_the_papers_fleets_are_what_the_papers_say() -> None:
     assert [d.capacity for d in fixed] == [level for level in levels for _ in range(10)]
     assert [2 * d.speed_macs_s / 1e6 for d in fixed[::10]] == [46528, 93056, 186112, 372224, 744448]
     dynamic = load_fleet("fedlps").device(0, 50, 1)
+    for device in (dynamic, *fixed):  # megabytes of 2^20
+        assert (device.link_bytes_s / 2**20, device.download_bytes_s / 2**20) == pytest.approx((14.0, 110.6))
     assert {dynamic.in_round(r, 1).capacity for r in range(1, 100)} == set(levels)
     assert dynamic.in_round(1, 1).speed_macs_s == 372.224e9 * dynamic.in_round(1, 1).capacity
     boards = load_fleet("boards")

@@ -38,7 +38,13 @@ def overview(model: str, **values: Any) -> Overview:
 
 @pytest.mark.parametrize(
     ("model", "parameters"),
-    [("cnn", 57_706), ("heterofl-conv", 1_556_874), ("heterofl-resnet18", 11_172_170), ("fedlps-cnn", 21_840)],
+    [
+        ("cnn", 57_706),
+        ("heterofl-conv", 1_556_874),
+        ("heterofl-resnet18", 11_172_170),
+        ("fedlps-cnn", 21_840),
+        ("fedlps-vgg11", 9_231_114),
+    ],
 )
 def test_a_network_has_its_documented_size_at_its_natural_input(model: str, parameters: int) -> None:
     found = overview_of_model(model, 10, None, {"heterofl.ratios": "1"})

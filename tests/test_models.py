@@ -26,6 +26,7 @@ from flexfed.units import Layout, trace_layout
 IMAGE = (3, 32, 32)
 GROUPED = ("flexfl-vgg16", "flexfl-vgg16-textbook", "flexfl-resnet34", "flexfl-mobilenetv2")
 SHAPES = {"cnn": (1, 8, 8), "cnn1d": (3, 200), "heterofl-conv": (1, 28, 28), "fedlps-cnn": (1, 28, 28)}
+SHAPES["fedlps-vgg16"] = (3, 64, 64)
 
 VGG_P = [1920, 37056, 74112, 147840, 295680, 590592, 590592, 1181184, *[2360832] * 5, 2101248, 16781312]
 RESNET_P = [1856, 477504, 1157376, 6822400, 13114368]
@@ -92,6 +93,23 @@ def test_flexfl_sizes(name: str, groups: int, classifier: int) -> None:
 )
 def test_sizes(name: str, input_shape: tuple[int, ...], size: int) -> None:
     assert count(on_meta(name, 10, input_shape)) == size
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "side", "size"),
+    [
+        ("fedlps-vgg11", 10, 32, 9_231_114),
+        ("fedlps-vgg13", 100, 32, 9_462_180),
+        ("fedlps-vgg16", 200, 64, 15_132_936),
+    ],
+)
+def test_fedlps_vgg_sizes(name: str, num_classes: int, side: int, size: int) -> None:
+    assert count(on_meta(name, num_classes, (3, side, side))) == size
+
+
+def test_the_map_that_fedlps_vgg_flattens_grows_with_the_image() -> None:
+    check_model("fedlps-vgg11", 10, (1, 100, 64))
+    assert on_meta("fedlps-vgg11", 10, (1, 100, 64)).get_submodule("classifier").weight.shape == (10, 512 * 3 * 2)
 
 
 def test_vgg_of_femnist_has_narrow_linear_layers_and_four_pools() -> None:
@@ -226,6 +244,19 @@ def test_only_the_class_outputs_are_fixed(name: str) -> None:
     (fixed,) = layout.fixed
     assert len(layout.groups[fixed]) == 10
     assert list(layout.groups)[-1] == fixed
+
+
+@pytest.mark.parametrize("name", ["fedlps-vgg11", "fedlps-vgg13", "fedlps-vgg16"])
+def test_each_convolution_of_fedlps_vgg_is_a_group(name: str) -> None:
+    layout = layout_of(name)
+    widths = [m.out_channels for m in on_meta(name).modules() if isinstance(m, nn.Conv2d)]
+    assert len(widths) == int(name[-2:]) - 3
+    assert [len(units) for units in layout.groups.values()] == [*widths, 10]
+    last, classes = list(layout.groups.values())[-2:]
+    rows, columns = layout.axes["classifier.weight"]
+    per_channel = {"fedlps-vgg16": 4}.get(name, 1)  # the map is 2x2 for a 64x64 image
+    assert np.array_equal(rows, classes)
+    assert np.array_equal(columns, np.repeat(last, per_channel))
 
 
 @pytest.mark.parametrize(
@@ -383,6 +414,8 @@ def test_unknown_name_lists_the_known_ones_papers_first() -> None:
         ("flexfl-vgg16", (3, 8, 8), "needs at least 32x32 pixels; got 8x8"),
         ("flexfl-vgg16", (1, 8, 8), "needs at least 16x16 pixels; got 8x8"),
         ("fedlps-cnn", (1, 8, 8), "needs at least 16x16 pixels; got 8x8"),
+        ("fedlps-vgg11", (3, 32, 31), "'fedlps-vgg11' needs at least 32x32 pixels; got 32x31"),
+        ("fedlps-vgg16", (1, 8, 8), "'fedlps-vgg16' needs at least 32x32 pixels; got 8x8"),
         ("heterofl-conv", (1, 5, 9), "needs at least 8x8 pixels; got 5x9"),
         ("cnn", (1, 16, 3), "needs at least 4x4 pixels; got 16x3, choose .*'heterofl-resnet18'"),
         ("cnn1d", (3, 9), "needs at least 16 time steps; got 9"),
@@ -417,6 +450,11 @@ def test_inputs_that_do_not_fit(name: str, shape: tuple[int, ...], message: str)
 def test_own_factories_that_do_not_fit(name: str, message: str, own_module: None) -> None:
     with pytest.raises(ValueError, match=message):
         check_model(name, 7, (1, 8, 8))
+
+
+def test_fedlps_vgg_is_not_built_for_small_images() -> None:
+    with pytest.raises(ValueError, match="fedlps-vgg13 needs images of at least 32x32, got 28x40"):
+        build_model("fedlps-vgg13", 10, (3, 28, 40))
 
 
 def test_no_classes() -> None:

@@ -85,6 +85,10 @@ def test_final_table_alone():
     assert "sent to devices" in table
     assert "6 MB" in table
     assert "left out" not in table
+    assert "measured client time" not in table, "a run of older code has none"
+    measured = final_table(summarise(ROUNDS, {**FACTS, "client-seconds": 45.0}), ROUNDS)
+    line = next(line for line in measured.splitlines() if line.startswith("measured client"))
+    assert line.split()[-2:] == ["45", "s"]
 
 
 def other(**facts):

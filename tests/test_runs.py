@@ -76,15 +76,16 @@ def test_equal_rounds_give_equal_bytes(tmp_path):
 def test_rounds_need_a_number_and_no_clock(tmp_path):
     with pytest.raises(ValueError, match="number of their round"):
         make(tmp_path, run_id=1).append_round({"accuracy": 1.0})
-    with pytest.raises(ValueError, match=r"must not depend on the clock, got \['wall-seconds'\]"):
-        make(tmp_path, run_id=2).append_round({"round": 1, "wall-seconds": 3.0})
+    for number, key in enumerate(("wall-seconds", "client-seconds"), 2):
+        with pytest.raises(ValueError, match=rf"must not depend on the clock, got \['{key}'\]"):
+            make(tmp_path, run_id=number).append_round({"round": 1, key: 3.0})
 
 
 def test_finish_writes_everything(tmp_path):
     folder = make(tmp_path)
     folder.append_round({"round": 1, "accuracy": 0.5, "bytes-down": 10, "bytes-up": 5})
-    folder.append_timing(1, 1.5)
-    folder.append_timing(2, 2.25)
+    folder.append_timing(1, 1.5, 4.0)
+    folder.append_timing(2, 2.25, 0.125)
     transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
     arrays = {"w": transposed, "scalar": np.array(2.0, dtype=np.float32)}
     summary = folder.finish(arrays, {"strategy": "flexfl", "seed": 1, "parameters": np.int64(7)})
@@ -94,9 +95,23 @@ def test_finish_writes_everything(tmp_path):
     assert (folder.path / "curves.png").read_bytes().startswith(b"\x89PNG")
     run = load_run(folder.path)
     assert run.summary["wall-seconds"] == 3.75
+    assert run.summary["client-seconds"] == 4.125
     assert run.summary["parameters"] == 7
     assert run.summary == json.loads(json.dumps({**summary, "parameters": 7}))
     assert run.timing == {1: 1.5, 2: 2.25}
+    assert run.client_timing == {1: 4.0, 2: 0.125}
+
+
+def test_rounds_whose_clients_were_not_measured_are_read_and_give_no_total(tmp_path):
+    folder = make(tmp_path)
+    folder.append_round({"round": 1, "accuracy": 0.5})
+    (folder.path / "timing.jsonl").write_text('{"round": 1, "seconds": 1.5}\n')
+    folder.append_timing(2, 2.25, 4.0)
+    summary = folder.finish({"w": np.zeros(1, dtype=np.float32)}, {"strategy": "flexfl"})
+    run = load_run(folder.path)
+    assert (run.timing, run.client_timing) == ({1: 1.5, 2: 2.25}, {2: 4.0})
+    assert summary["wall-seconds"] == 3.75
+    assert "client-seconds" not in summary
 
 
 def test_summary_comes_last(tmp_path, monkeypatch):

@@ -63,10 +63,19 @@ class ServerData:
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """A client's samples, raw; `labels` are those present in train or validation, in order."""
+    """A client's samples, raw.
+
+    Attributes:
+        train: what it trains on.
+        validation: its own samples that it does not train on.
+        test: what it is evaluated on; the very object `validation` unless `test_per_label` is set.
+        labels: those present in train or validation, in order.
+        info: of its data set.
+    """
 
     train: Samples
     validation: Samples
+    test: Samples
     labels: tuple[int, ...]
     info: DatasetInfo
 
@@ -95,11 +104,8 @@ def load_server(config: DataConfig) -> ServerData:
         ValueError: the data cannot be found or read, or their columns are not clear.
     """
     data = source(config.dataset, config.subset, config.image_column, config.label_column)
-    proxy, test, clients = server_rows(data, config.proxy_fraction)
-    if data.test is None:
-        test_samples = _samples(data.train, test)
-    else:
-        test_samples = _samples(data.test, np.arange(len(data.test.labels)))
+    proxy, _, clients = server_rows(data, config.proxy_fraction)
+    test_samples = _samples(*_test_rows(data, config.proxy_fraction))
     shape = tuple(test_samples.inputs.shape[1:])
     info = DatasetInfo(data.num_classes, shape, len(clients), data.label_names)
     return ServerData(_samples(data.train, proxy), test_samples, info)
@@ -109,7 +115,9 @@ def load_client(config: DataConfig, partition: int, num_partitions: int) -> Clie
     """One client's samples: its partition of the data set, or all of its own folder's training split.
 
     The validation samples are drawn by (seed, partition) and rounded down, so at least one sample is left to
-    train on and a client of few samples may have none to validate with.
+    train on and a client of few samples may have none to validate with. With `config.test_per_label` its test
+    samples are drawn by (seed, partition) as well, without those labels of the client that nobody can be
+    tested on; without it, or where an own folder has no test split, they are the validation samples.
 
     Raises:
         ValueError: no such partition, or the data or the partition cannot be made.
@@ -117,7 +125,10 @@ def load_client(config: DataConfig, partition: int, num_partitions: int) -> Clie
     train, validation = _split_rows(config, partition, num_partitions)
     split = _source(config).train
     labels = _labels(split, train, validation)
-    return ClientData(_samples(split, train), _samples(split, validation), labels, dataset_info(config))
+    kept = _samples(split, validation)
+    drawn = _drawn_test(config, partition, labels)
+    test = kept if drawn is None else drawn
+    return ClientData(_samples(split, train), kept, test, labels, dataset_info(config))
 
 
 def client_labels(config: DataConfig, partition: int, num_partitions: int) -> tuple[int, tuple[int, ...]]:
@@ -196,6 +207,24 @@ def _split_rows(config: DataConfig, partition: int, num_partitions: int) -> tupl
     rows = np.random.default_rng([config.seed, partition]).permutation(rows)
     validation, train = np.split(rows, [int(config.validation_fraction * len(rows))])
     return train, validation
+
+
+def _drawn_test(config: DataConfig, partition: int, labels: tuple[int, ...]) -> Samples | None:
+    """The client's `test_per_label` samples of each of its labels; None if it tests on its validation samples."""
+    data = _source(config)
+    if not config.test_per_label or (config.data_path and data.test is None):
+        return None
+    split, rows = _test_rows(data, config.proxy_fraction)
+    rng = np.random.default_rng([config.seed, partition, 1])  # 1: not the numbers that drew the validation samples
+    of_label = (rows[split.labels[rows] == label] for label in labels)
+    return _samples(split, np.concatenate([rng.permutation(found)[: config.test_per_label] for found in of_label]))
+
+
+def _test_rows(data: Source, proxy_fraction: float) -> tuple[Split, np.ndarray]:
+    """The server's test rows, and the split that they are rows of."""
+    if data.test is None:
+        return data.train, server_rows(data, proxy_fraction)[1]
+    return data.test, np.arange(len(data.test.labels))
 
 
 def _partitions(config: DataConfig, num_partitions: int) -> tuple[np.ndarray, ...]:

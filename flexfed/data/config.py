@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-PARTITIONS = ("dirichlet", "iid", "natural", "pathological")
+PARTITIONS = ("dirichlet", "iid", "natural", "pathological", "shards")
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,17 @@ class DataConfig:
         partition_balance: a client that already holds its equal share gets nothing of the next class
             (Dirichlet only). Off by default, which is the plain Dirichlet partition; FlexFL's code balances,
             and stops a client at its share where flwr-datasets stops it one sample above.
+        shards_per_client: shards that each client of the shards partition draws; two may have the same label.
+        shard_size: training samples in each shard of the shards partition.
+        test_per_label: what a client is evaluated on. 0 = its own validation samples. n > 0 = n random samples
+            of each label that it holds, from the samples the server tests on (the test split, if there is
+            one), or all where there are fewer. A client's own folder brings its own test split for this;
+            where it has none, its validation samples are used whatever n is.
         validation_fraction: part of a client's samples it does not train on, in [0, 1).
         proxy_fraction: part of the training split the server keeps, in [0, 1), at most 1,000 samples; digits
             has its own fixed split and ignores it.
-        seed: of the partition and of each client's validation split; never of the proxy or test samples.
+        seed: of the partition and of each client's validation and `test_per_label` samples; never of the
+            server's proxy or test samples.
     """
 
     dataset: str = "digits"
@@ -44,6 +51,9 @@ class DataConfig:
     id_column: str = ""
     min_partition_size: int = 10
     partition_balance: bool = False
+    shards_per_client: int = 2
+    shard_size: int = 100
+    test_per_label: int = 0
     validation_fraction: float = 0.1
     proxy_fraction: float = 0.1
     seed: int = 1
@@ -64,6 +74,9 @@ class DataConfig:
             raise ValueError(f"alpha must be a number > 0, got {self.alpha}")
         self._check_at_least("classes-per-client", self.classes_per_client, 1)
         self._check_at_least("min-partition-size", self.min_partition_size, 1)
+        self._check_at_least("shards-per-client", self.shards_per_client, 1)
+        self._check_at_least("shard-size", self.shard_size, 1)
+        self._check_at_least("test-per-label", self.test_per_label, 0)
         self._check_at_least("seed", self.seed, 0)
         self._check_fraction("validation-fraction", self.validation_fraction)
         self._check_fraction("proxy-fraction", self.proxy_fraction)

@@ -30,6 +30,10 @@ def partition_rows(
     altogether). "iid" cuts as IidPartitioner does, without its import of one to two seconds. "pathological"
     gives client i the class i modulo the number of classes and draws the others, as its paper does
     (https://arxiv.org/abs/2102.02079): with as many clients as classes, or more, no class is left out.
+    "shards" sorts by label, cuts shards of equal size and deals `shards_per_client` random ones to each client,
+    as FedLPS does (https://arxiv.org/abs/2412.07216, released code) and FedAvg before it. Nothing makes a shard
+    end where a label does: one that lies across a border holds the labels on both sides, so its client can have
+    more labels than shards.
 
     Args:
         config: partition, its parameters, seed.
@@ -39,7 +43,8 @@ def partition_rows(
 
     Returns:
         One int64 array per client; together all rows, except that "pathological" may leave classes out and
-        "natural" the ids beyond `num_partitions`.
+        "natural" the ids beyond `num_partitions`, and "shards" leaves out the shards that nobody draws and the
+        rows after the last whole one.
 
     Raises:
         ValueError: more clients than rows or ids, fewer rows than the clients' least sizes add up to, or no
@@ -51,6 +56,8 @@ def partition_rows(
         )
     if config.partition == "dirichlet" and num_partitions * config.min_partition_size > len(labels):
         raise ValueError(_no_partition(config, len(labels), num_partitions, "there are too few samples"))
+    if config.partition == "shards":
+        _check_shards(config, len(labels), num_partitions)
     order = np.random.default_rng(config.seed).permutation(len(labels))
     if config.partition == "iid":
         return tuple(np.array_split(order, num_partitions))
@@ -59,6 +66,24 @@ def partition_rows(
     if config.partition == "natural":
         _check_ids(config.id_column, partitioner.num_partitions, num_partitions)
     return _draw(config, partitioner, labels, num_partitions)
+
+
+def _check_shards(config: DataConfig, num_rows: int, num_partitions: int) -> None:
+    """Refuse more shards than there are, and say what would do."""
+    shards, size = config.shards_per_client, config.shard_size
+    needed = num_partitions * shards * size
+    if needed <= num_rows:
+        return
+    most = {
+        "clients": num_rows // (shards * size),
+        "shard-size": num_rows // (num_partitions * shards),
+        "shards-per-client": num_rows // (num_partitions * size),
+    }
+    possible = " or ".join(f"{key} <= {value}" for key, value in most.items() if value) or "lower values of both"
+    raise ValueError(
+        f"partition 'shards': {num_partitions} clients with shards-per-client = {shards} and shard-size = {size} "
+        f"need {needed} training samples, there are {num_rows}; possible: {possible}"
+    )
 
 
 def _check_ids(column: str, num_ids: int, num_partitions: int) -> None:
@@ -92,6 +117,15 @@ def _partitioner(config: DataConfig, num_partitions: int) -> Partitioner:
             partition_by="label",
             num_classes_per_partition=config.classes_per_client,
             class_assignment_mode="first-deterministic",
+            seed=config.seed,
+        )
+    if config.partition == "shards":
+        return known.ShardPartitioner(
+            num_partitions,
+            partition_by="label",
+            num_shards_per_partition=config.shards_per_client,
+            shard_size=config.shard_size,
+            shuffle=False,
             seed=config.seed,
         )
     return known.NaturalIdPartitioner(partition_by="id")

@@ -120,13 +120,16 @@ def update_content(update: Update) -> RecordDict:
     metrics = {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
     if update.state:
         metrics["kept-state"] = 1.0
-    return RecordDict(
+    content = RecordDict(
         {
             "arrays": ArrayRecord({"part": to_array(update.difference)}),
             "submodel": ConfigRecord(cast(Any, pack(update.submodel))),
             "metrics": MetricRecord(cast(Any, metrics)),
         }
     )
+    if update.told:
+        content["told"] = ConfigRecord(cast(Any, dict(update.told)))
+    return content
 
 
 def _record(content: RecordDict, name: str, kind: type[R]) -> R:
@@ -147,6 +150,7 @@ def read_update(content: RecordDict, layout: Layout) -> Update:
         flat = from_array(_record(content, "arrays", ArrayRecord)["part"])
         packed = _record(content, "submodel", ConfigRecord)
         metrics = dict(_record(content, "metrics", MetricRecord))
+        told = dict(_record(content, "told", ConfigRecord)) if "told" in content else {}
     except KeyError as missing:
         raise ValueError(f"reply lacks {missing}; expected arrays/part, submodel and metrics/weight") from missing
     weight = metrics.pop("weight", math.nan)
@@ -154,10 +158,27 @@ def read_update(content: RecordDict, layout: Layout) -> Update:
         raise ValueError(f"weight and metrics of a reply must be finite numbers, got weight {weight} and {metrics}")
     if weight <= 0:  # type: ignore[operator]
         raise ValueError(f"weight of a reply must be > 0, got {weight}")
-    if not all(isinstance(value, bytes) for value in packed.values()):
-        raise ValueError("the submodel of a reply must be bytes")
+    if not all(isinstance(value, bytes) for value in [*packed.values(), *told.values()]):
+        raise ValueError("the submodel of a reply, and what it tells besides, must be bytes")
     submodel = unpack(layout, cast(Any, packed))
-    return Update(submodel, flat, float(cast(float, weight)), cast(Any, metrics))
+    return Update(submodel, flat, float(cast(float, weight)), cast(Any, metrics), told=cast(Any, told))
+
+
+def stored_model_content(server_round: int, extra: Mapping[str, Any]) -> RecordDict:
+    """A request to test the model that the client itself keeps: nothing of it travels."""
+    config = {"code": code_fingerprint(), "round": server_round, "personal": True, **extra}
+    return RecordDict({"config": ConfigRecord(config)})
+
+
+def evaluation_content(result: Evaluation, personal: bool) -> RecordDict:
+    """A client's test of its own, for the wire."""
+    metrics = {"correct": result.correct, "loss-sum": result.loss_sum, "num-samples": result.num_samples}
+    return RecordDict({"metrics": MetricRecord(cast(Any, {**metrics, "personal": int(personal)}))})
+
+
+def is_personal(reply: Message) -> bool:
+    """Whether a client tested a model of its own, and no evaluated level."""
+    return bool(reply.content.metric_records["metrics"].get("personal", 0))
 
 
 def read_evaluation(reply: Message) -> Evaluation:

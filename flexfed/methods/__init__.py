@@ -5,23 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexfed.jobs import LocalUpdate
-from flexfed.methods import fedavg, fedrolex, flexfl, heterofl
+from flexfed.methods import fedavg, fedlps, fedrolex, flexfl, heterofl
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's knobs, the prefix of their keys in the configuration, and its work on the client."""
+    """A method as the configuration and the client know it.
+
+    Attributes:
+        config: its knobs.
+        prefix: of their keys in the configuration.
+        local_update: its work on the client.
+        any_width: it can give each device a width of its own, so that any `ratio-policy` works.
+        ratio_policy: the one that its paper has.
+        personal: how its paper tests personal models.
+    """
 
     config: type
     prefix: str
     local_update: LocalUpdate
+    any_width: bool = False
+    ratio_policy: str = "level"
+    personal: str = "none"
 
 
 METHODS: dict[str, Method] = {
     "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update),
     "fedavg": Method(fedavg.FedAvgConfig, "fedavg.", fedavg.local_update),
-    "fedrolex": Method(fedrolex.FedRolexConfig, "fedrolex.", heterofl.local_update),
-    "flexfl": Method(flexfl.FlexFLConfig, "flexfl.", flexfl.local_update),
-    "heterofl": Method(heterofl.HeteroFLConfig, "heterofl.", heterofl.local_update),
+    "fedlps": Method(
+        fedlps.FedLPSConfig,
+        "fedlps.",
+        fedlps.local_update,
+        any_width=True,
+        ratio_policy="p-ucbv",
+        personal="stored-local",
+    ),
+    "fedrolex": Method(fedrolex.FedRolexConfig, "fedrolex.", heterofl.local_update, any_width=True),
+    "flexfl": Method(flexfl.FlexFLConfig, "flexfl.", flexfl.local_update, any_width=True),
+    "heterofl": Method(heterofl.HeteroFLConfig, "heterofl.", heterofl.local_update, any_width=True),
     "small": Method(fedavg.SmallConfig, "small.", fedavg.local_update),
 }

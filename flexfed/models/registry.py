@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexfed.models.fedlps import fedlps_cnn
+from flexfed.models.fedlps import fedlps_cnn, fedlps_vgg
 from flexfed.models.flexfl import flexfl_mobilenetv2, flexfl_resnet34, flexfl_vgg16
 from flexfed.models.heterofl import heterofl_conv, heterofl_resnet18
 from flexfed.models.small import cnn, cnn1d
@@ -28,6 +28,9 @@ MODELS: dict[str, Builder] = {
     "heterofl-conv": heterofl_conv,
     "heterofl-resnet18": heterofl_resnet18,
     "fedlps-cnn": fedlps_cnn,
+    "fedlps-vgg11": partial(fedlps_vgg, depth=11),
+    "fedlps-vgg13": partial(fedlps_vgg, depth=13),
+    "fedlps-vgg16": partial(fedlps_vgg, depth=16),
     "cnn": cnn,
     "cnn1d": cnn1d,
 }

@@ -1,0 +1,148 @@
+"""FedLPS's server: the units that a client ranked highest, as many as the ratio policy says, added up."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from flexfed.checkpoint import State
+from flexfed.devices import Device
+from flexfed.jobs import Assignment, Update
+from flexfed.methods.fedlps import FedLPSConfig, add_noise, pattern_scores, scores_from
+from flexfed.networks import build_on_meta
+from flexfed.select import prefix_ratio, top
+from flexfed.submodel import Submodel, full
+from flexfed.units import Arrays
+from strategies.widths import WidthStrategy
+
+
+class FedLPS(WidthStrategy):
+    """Learned personal submodels; see `flexfed.methods.fedlps`.
+
+    A client's capability z is its device's `width`, or less where capacity, memory or deadline ask for it. With
+    `ratio-policy = "level"` it keeps as many units as that allows (the ablation RCR).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.per = "total" if self._config.normalise == "all" else "coverage"
+        self._rankings: dict[int, bytes] = {}  # partition -> the order of its units, as it last told
+
+    @property
+    def _config(self) -> FedLPSConfig:
+        config: FedLPSConfig = self.task.method
+        return config
+
+    # How many units ---------------------------------------------------------------------------------------------
+
+    def largest_ratio(self, device: Device) -> float | None:
+        """The capability z; None = the device can train nothing."""
+        if self._config.is_masked:  # it trains the whole network, whatever the ratio
+            borne = 1.0 if self.budget.bears(device, full(self.task.layout)) else None
+        else:
+            borne = self.budget.largest(device, lambda ratio: self.part_at(ratio, 1), self.budget.carries)
+        return None if borne is None else min(borne, device.width)
+
+    def can_train(self, device: Device) -> bool:
+        """Whether capacity, memory and deadline allow anything."""
+        return self.cap_of(device) is not None
+
+    def rounded(self, ratio: float) -> float:
+        """As it was chosen."""
+        return ratio
+
+    def download_of(self, submodel: Submodel) -> Submodel:
+        """The part where the server knows the units, else everything."""
+        return submodel if self._config.is_told else full(self.task.layout)
+
+    # Which units ------------------------------------------------------------------------------------------------
+
+    def part_at(self, ratio: float, server_round: int) -> Submodel:
+        """What any choice of units costs: the narrow network is equally large."""
+        return prefix_ratio(self.task.layout, ratio, "floor")
+
+    def own_part(self, device: Device, server_round: int) -> Assignment:
+        """As many units as the capability allows."""
+        return self.sized_part(self._cap(device), device, server_round)
+
+    def sized_part(self, ratio: float, device: Device, server_round: int) -> Assignment:
+        """The units that the pattern ranks highest for this client; everything where it chooses them itself."""
+        units = self._units(ratio, device.partition, server_round) if self._config.is_told else full(self.task.layout)
+        return Assignment(units, f"{ratio:.2f}", {"ratio": ratio})
+
+    def largest_part(self, device: Device, server_round: int) -> Assignment | None:
+        """Of personal models: never more than the capability, whoever chooses the units."""
+        cap = self.cap_of(device)
+        if cap is None:
+            return None
+        return Assignment(self._units(cap, device.partition, server_round), f"{cap:.2f}")
+
+    def _units(self, ratio: float, partition: int, server_round: int) -> Submodel:
+        config = self._config
+        rng = np.random.default_rng([self.settings.seed, server_round, partition, 5])
+        ranking = b"" if config.score_reset else self._rankings.get(partition, b"")
+        scores = pattern_scores(config.pattern, self.task.layout, self._skeleton, self.arrays, ranking, rng)
+        return top(self.task.layout, scores, ratio, "floor")
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
+        return build_on_meta(self.task.factory)
+
+    # Replies ----------------------------------------------------------------------------------------------------
+
+    def check(self, partition: int, update: Update) -> None:
+        """A ranking must be one.
+
+        Raises:
+            ValueError: it is not, or it is missing.
+        """
+        super().check(partition, update)
+        if self._config.is_told and self._config.pattern == "learned":
+            scores_from(self.task.layout, update.told.get("ranking", b""))
+
+    def observe(self, server_round: int, partition: int, update: Update) -> None:
+        """Remember the ranking, and let the policy learn."""
+        super().observe(server_round, partition, update)
+        if "ranking" in update.told:
+            self._rankings[partition] = update.told["ranking"]
+
+    def kept_units(self, update: Update) -> np.ndarray:
+        """Where masked units are not silent, the client's own model is the whole network, with zero rows."""
+        if self._config.mask_bias:
+            return super().kept_units(update)
+        return np.ones(self.task.layout.num_units, dtype=bool)
+
+    def weigh(self, update: Update) -> float:
+        """Uniform, or by examples."""
+        return 1.0 if self._config.weights == "uniform" else update.weight
+
+    def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
+        """Noise, where a run asks for it."""
+        if not self._config.noise:
+            return averaged
+        rng = np.random.default_rng([self.settings.seed, self.record.server_round, 6])
+        return add_noise(averaged, self._config.noise, rng)
+
+    # Evaluation and the checkpoint ------------------------------------------------------------------------------
+
+    def level_for_evaluation(self, device: Device) -> str | None:
+        """None: devices test models of their own."""
+        return None
+
+    def state_dict(self) -> State:
+        """The rankings, and what the policy has learned."""
+        known = sorted(self._rankings)
+        told = {
+            "ranking/partitions": np.array(known, dtype=np.int64),
+            "ranking/orders": np.array([np.frombuffer(self._rankings[p], dtype="<u2") for p in known]),
+        }
+        return {**super().state_dict(), **(told if known else {})}
+
+    def load_state_dict(self, state: State) -> None:
+        """Put them back."""
+        super().load_state_dict(state)
+        partitions, orders = state.get("ranking/partitions", []), state.get("ranking/orders", [])
+        self._rankings = {int(p): order.tobytes() for p, order in zip(partitions, orders, strict=True)}

@@ -1,0 +1,91 @@
+"""What a round's record counts: a worked example, and nothing in its line that depends on the clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from toy import lines, run_toy, toy_task
+
+from flexfed.devices import Device
+from flexfed.jobs import Update
+from flexfed.runs import load_run
+from flexfed.submodel import full
+from strategies.record import RoundRecord
+
+ODD = Device(1, speed_macs_s=1e3, link_bytes_s=10.0, download_bytes_s=40.0, compute_watts=3.0, radio_watts=2.0)
+EVEN = Device(2, speed_macs_s=1e3, link_bytes_s=20.0)
+
+
+def update(**metrics: float) -> Update:
+    return Update(full(toy_task().layout), np.zeros(0, dtype=np.float32), 5.0, metrics)
+
+
+def test_each_way_has_its_speed_and_the_slowest_device_ends_a_phase() -> None:
+    record = RoundRecord(1, bytes_down={1: 400, 2: 400})
+    record.count(ODD, "full", update(macs=2000), 100)  # 10 + 2 + 10 s
+    record.count(EVEN, "full", update(macs=1000), 100)  # 20 + 1 + 5 s
+    record.count_beside("test", ODD, 500, 80, 30)  # 2 + 0.5 + 3 s
+    line = record.line()
+    assert line["modelled-seconds"] == pytest.approx(26 + 5.5)
+    assert line["joules"] == pytest.approx(3 * 2.5 + 2 * (10 + 10 + 2 + 3) + 1 + 20 + 5)
+    assert (line["bytes-down"], line["bytes-up"], line["bytes-evaluation"]) == (800, 200, 110)
+    assert (line["macs"], line["macs-evaluation"]) == (3000, 500)
+
+
+def test_seconds_of_accepted_replies_are_summed_beside_the_line() -> None:
+    record, quick = RoundRecord(1), RoundRecord(1)
+    record.count(ODD, "full", update(macs=10, seconds=1.5), 100)
+    record.count(EVEN, "full", update(macs=10, seconds=0.25), 100)
+    for device in (ODD, EVEN):
+        quick.count(device, "full", update(macs=10), 100)
+    assert (record.client_seconds, quick.client_seconds) == (1.75, 0.0)
+    assert record.line() == quick.line()
+
+
+def saying(seconds: float, seen: list[float] | None = None, spoil: int = -1) -> Callable[..., Message]:
+    """Every trained client says that it took `seconds`; the one of partition `spoil` is refused."""
+
+    def change(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "train":
+            found: Any = reply.content["metrics"]
+            if seen is not None:
+                seen.append(found["seconds"])
+            found["seconds"] = seconds
+            if partition == spoil:
+                found["weight"] = -1.0
+        return reply
+
+    return change
+
+
+def test_metrics_have_the_same_bytes_however_long_clients_took(tmp_path: Path) -> None:
+    runs = [run_toy(tmp_path / str(s), values={"num-server-rounds": 2}, alter=saying(s)) for s in (0.0, 1.5, 1e9 / 3)]
+    assert len({(run / "metrics.jsonl").read_bytes() for run in runs}) == 1
+    found = load_run(runs[1])
+    cohort = len(found.rounds[0]["cohort"])
+    assert found.client_timing == {1: 1.5 * cohort, 2: 1.5 * cohort}
+    assert found.summary is not None
+    assert found.summary["client-seconds"] == 3.0 * cohort
+    assert json.loads((runs[0] / "timing.jsonl").read_text().splitlines()[0])["client-seconds"] == 0.0
+
+
+def test_refused_replies_do_not_count(tmp_path: Path) -> None:
+    run = run_toy(tmp_path, alter=saying(1.5, spoil=2))
+    (line,) = lines(run)
+    assert [reply["partition"] for reply in line["refused"]] == [2]
+    assert load_run(run).client_timing == {1: 1.5 * (len(line["cohort"]) - 1)}
+
+
+def test_a_client_measures_its_training_in_processor_seconds(tmp_path: Path) -> None:
+    seen: list[float] = []
+    with patch("client_app.time") as clock:
+        clock.process_time.side_effect = [10.0, 12.5, 20.0, 21.0, 30.0, 30.0, 40.0, 40.75]
+        run_toy(tmp_path, alter=saying(0.0, seen))
+    assert seen == [2.5, 1.0, 0.0, 0.75]
