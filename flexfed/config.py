@@ -33,7 +33,7 @@ class Settings:
     Attributes:
         weights: start from a safetensors file, or 'torchvision' for the pretrained weights in the local cache.
         fraction_train: share of the devices in a round's cohort.
-        fraction_evaluate: share of the devices that test their level on their own validation split.
+        fraction_evaluate: share of the devices that test their level on their own samples (`test_per_label`).
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         ratio_policy: how much of the model a device gets: the level of the method that it holds ('level'), the most
             that its 'budget' allows, in steps of 1/64, or what a bandit makes of that (`flexfed.bandits`); 'own' =

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from flexfed.averaging import Averager
 from flexfed.batchnorm import Statistics
 from flexfed.budget import Budget
-from flexfed.checkpoint import Checkpoint, State
+from flexfed.checkpoint import Checkpoint
 from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import ServerData
 from flexfed.devices import Device
-from flexfed.evaluation import level_statistics, measure_levels, with_statistics
+from flexfed.evaluation import measure_levels, with_statistics
 from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
     cause_of,
@@ -31,10 +30,11 @@ from flexfed.flower.messages import (
     to_array,
     to_record_of_arrays,
 )
-from flexfed.jobs import Assignment, Scalar, Task, Update
+from flexfed.jobs import Assignment, Scalar, Task
 from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays
+from strategies.method import MethodStrategy
 from strategies.record import RoundRecord
 from strategies.testing import ClientTests
 
@@ -45,8 +45,8 @@ class RunOver(Exception):
     """The rounds end early: the accuracy asked for is reached."""
 
 
-class SubmodelStrategy(Strategy):
-    """One method's server. A method overrides `levels` and `assign`, rarely the rest.
+class SubmodelStrategy(MethodStrategy):
+    """One method's server: the rounds, given what the method says (`strategies.method`).
 
     Flower's own `start` drives the rounds. Give it a `StreamingGrid`: replies are then folded one at a time as
     they arrive. A plain grid works too.
@@ -60,8 +60,6 @@ class SubmodelStrategy(Strategy):
             processor seconds that its clients measured.
         resumed: where the run stood when it was left; its next round is the first one here.
     """
-
-    per: Literal["coverage", "total"] = "coverage"
 
     def __init__(
         self,
@@ -96,105 +94,7 @@ class SubmodelStrategy(Strategy):
             self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
             self._private_rounds = {int(p): r for p, r in resumed.facts["private-rounds"].items()}
 
-    # What a method says -------------------------------------------------------------------------------------
-
-    def levels(self) -> dict[str, Submodel]:
-        """The submodels that are evaluated, by name; the last one is what `accuracy` reports."""
-        return {"full": full(self.task.layout)}
-
-    def headline(self) -> tuple[str, ...]:
-        """The levels whose mean is `accuracy-levels`."""
-        return tuple(self.levels())
-
-    def prepare(self) -> None:
-        """Before round 1, once every device is known: pre-training, exploration."""
-
-    def assign(
-        self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
-    ) -> Mapping[int, Assignment]:
-        """Who trains what: all devices in, the cohort out. Here a uniform cohort of those that `can_train`."""
-        able = sorted(partition for partition, device in devices.items() if self.can_train(device))
-        cohort = sorted(rng.permutation(able)[: self.cohort_size(len(devices))].tolist())
-        return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
-
-    def can_train(self, device: Device) -> bool:
-        """Whether a device may be in a cohort."""
-        return True
-
-    def part_of(self, device: Device, server_round: int) -> Assignment:
-        """What a device of the cohort trains."""
-        return Assignment(full(self.task.layout), "full")
-
-    def largest_part(self, device: Device, server_round: int) -> Assignment | None:
-        """The most that a device can train in a round; None = nothing."""
-        return self.part_of(device, server_round) if self.can_train(device) else None
-
-    def weigh(self, update: Update) -> float:
-        """A reply's weight in the mean: its number of examples."""
-        return update.weight
-
-    def level_trained(self, assignment: Assignment, update: Update) -> str:
-        """Name of the level that a reply holds; here what was sent."""
-        return assignment.level
-
-    def macs_beside(self, submodel: Submodel) -> int:
-        """Multiply-accumulates a sample beside training a part itself, for the round's deadline."""
-        return 0
-
-    def download_of(self, submodel: Submodel) -> Submodel:
-        """What a device is sent that is to train a part: the part, unless it cuts that out itself."""
-        return submodel
-
-    def level_for_evaluation(self, device: Device) -> str | None:
-        """The evaluated level that a device tests: the largest it can hold and test; None if there is none."""
-        levels = self.levels()
-        fitting = [
-            n for n, level in levels.items() if self.budget.holds(device, level) and self.budget.tests(device, level)
-        ]
-        return max(fitting, key=lambda name: self.budget.share(levels[name]), default=None)
-
-    def check(self, partition: int, update: Update) -> None:
-        """Refuse a reply, before any of it counts, that the method could not learn from.
-
-        Raises:
-            ValueError: says why.
-        """
-
-    def observe(self, server_round: int, partition: int, update: Update) -> None:
-        """Learn from an accepted reply (bandits, votes, masks)."""
-
-    def kept_units(self, update: Update) -> np.ndarray:
-        """Units of the part that the client trained, outputs included that its reply left out: its own model."""
-        units: np.ndarray = update.submodel.units | self.task.layout.fixed_units
-        return units
-
-    def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
-        """The server's own step after the mean."""
-        return averaged
-
-    def level_statistics(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics | None]:
-        """Batch-norm statistics of every evaluated level; None = those of the test batch."""
-        if self.settings.batch_norm == "batch":
-            return dict.fromkeys(self.levels())
-        proxy = self.server.proxy
-        return {name: level_statistics(self.task, level, arrays, proxy) for name, level in self.levels().items()}
-
-    def state_dict(self) -> State:
-        """What a method has learned beside the model: arrays, and values that JSON holds exactly."""
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Undo `state_dict`; takes the place of `prepare` when a run goes on."""
-
-    def facts(self) -> dict[str, Any]:
-        """What a method wants to leave in summary.json besides."""
-        return {}
-
     # The round ------------------------------------------------------------------------------------------------
-
-    def cohort_size(self, num_devices: int) -> int:
-        """Devices a round: the fraction rounded down, at least one."""
-        return max(1, int(self.settings.fraction_train * num_devices + 1e-9))
 
     def summary(self) -> None:
         """Log what is about to run."""
@@ -358,7 +258,7 @@ class SubmodelStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Test every level on the server, then ask devices to test theirs on their own validation split."""
+        """Test every level on the server, then ask devices to test theirs, and models of their own."""
         server_round += self._offset
         last = server_round == self.settings.num_server_rounds
         if server_round % self.settings.evaluate_every and not last:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
     update_content,
 )
-from flexfed.jobs import Assignment, Update
+from flexfed.jobs import Assignment, Part, Update
 from flexfed.submodel import Submodel, extract, flatten, full, narrow_shapes
 from flexfed.units import Layout
 
@@ -128,6 +129,18 @@ def test_an_update_survives_the_trip() -> None:
     assert np.array_equal(back.submodel.units, sent.submodel.units)
     assert back.difference.tobytes() == sent.difference.tobytes()
     assert (back.weight, back.metrics) == (sent.weight, sent.metrics)
+    assert back.told == {}
+
+
+def test_what_an_update_tells_travels_and_what_its_client_keeps_does_not() -> None:
+    part = Part(update().submodel, {})
+    sent = replace(update(), told={"ranking": b"\1\0"}, state={"scores": np.ones(3)}, trained=part)
+    content = update_content(sent)
+    back = read_update(content, LAYOUT)
+    assert back.told == {"ranking": b"\1\0"}
+    assert (back.state, back.trained) == ({}, None)
+    assert back.metrics == {**sent.metrics, "kept-state": 1.0}
+    assert set(content) == {"arrays", "submodel", "metrics", "told"}
 
 
 def without(record: str) -> RecordDict:
@@ -158,8 +171,10 @@ def replaced(record: str, value: Any) -> RecordDict:
         (replaced("metrics", MetricRecord({"weight": 0.0})), "weight"),
         (replaced("metrics", MetricRecord({"weight": -3.0})), "weight"),
         (replaced("submodel", ConfigRecord()), "units of a submodel should be 4 bytes"),
-        (replaced("submodel", ConfigRecord({"units": "text"})), "the submodel of a reply must be bytes"),
-        (replaced("submodel", ConfigRecord({"units": [1, 2]})), "the submodel of a reply must be bytes"),
+        (replaced("submodel", ConfigRecord({"units": "text"})), "the submodel of a reply, and what it tells besides, must be"),
+        (replaced("submodel", ConfigRecord({"units": [1, 2]})), "the submodel of a reply, and what it tells besides, must be"),
+        (replaced("told", ConfigRecord({"ranking": "text"})), "what it tells besides, must be bytes"),
+        (replaced("told", MetricRecord({"ranking": 1})), "reply lacks 'told'"),
         (replaced("submodel", ConfigRecord({"units": b"\xff"})), "units of a submodel should be 4 bytes"),
         (replaced("submodel", ConfigRecord({"units": bytes(4), "keys": b"no.such"})), "unknown tensors"),
     ],

@@ -16,6 +16,7 @@ from flexfed.training import (
     cross_entropy,
     evaluate,
     fit,
+    proximal,
     use_batch_statistics,
 )
 
@@ -115,6 +116,47 @@ def test_one_batch_is_one_gradient_step() -> None:
         torch.testing.assert_close(new, old - 0.5 * gradient)
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     assert result.num_samples == 4
+
+
+def test_accuracy_is_that_of_each_batch_before_its_step_and_the_mean_over_epochs() -> None:
+    data, training = samples(10), replace(PLAIN, local_epochs=3, drop_last=False)
+    model, seen = linear(), []
+
+    def loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        logits = network(inputs)
+        seen.append((int((logits.argmax(1) == labels).sum()), len(labels)))
+        return nn.functional.cross_entropy(logits, labels)
+
+    result = fit(model, data, training, 0.5, np.random.default_rng(0), loss)
+    epochs = [seen[i : i + 3] for i in (0, 3, 6)]
+    assert len(seen) == 9
+    assert result.accuracy == pytest.approx(np.mean([sum(r for r, _ in e) / sum(n for _, n in e) for e in epochs]))
+    assert 0 < result.accuracy < 1
+    assert not model._forward_hooks
+
+
+def test_a_methods_own_step_takes_the_place_of_the_optimisers() -> None:
+    model, gradients = linear(), []
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        gradients.append(float(torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))))
+
+    before = weights(model)
+    fit(model, samples(16), replace(PLAIN, clip_norm=0.01), 0.5, np.random.default_rng(0), step=step)
+    assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
+    assert gradients == pytest.approx([0.01] * 4, rel=1e-4)  # clipped before it sees them
+
+
+def test_proximal_term_and_its_gradient() -> None:
+    model = linear()
+    start = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    value = proximal(model, start, 0.3)
+    squares = sum((p**2).sum().item() for p in model.parameters())
+    assert value.item() == pytest.approx(0.15 * squares, rel=1e-6)
+    value.backward()
+    for parameter in model.parameters():
+        torch.testing.assert_close(parameter.grad, 0.3 * parameter.detach())
+    assert proximal(model, start, 0.0).item() == 0
 
 
 def test_fit_learns_and_reports_the_last_epoch() -> None:

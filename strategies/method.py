@@ -1,0 +1,144 @@
+"""What a method says of itself; the rounds ask for it (`strategies.base`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from flexfed.batchnorm import Statistics
+from flexfed.budget import Budget
+from flexfed.checkpoint import State
+from flexfed.config import Experiment, Settings
+from flexfed.data import ServerData
+from flexfed.devices import Device
+from flexfed.evaluation import level_statistics
+from flexfed.flower.federation import Federation
+from flexfed.jobs import Assignment, Task, Update
+from flexfed.submodel import Submodel, full
+from flexfed.units import Arrays
+from strategies.record import RoundRecord
+
+
+class MethodStrategy(Strategy):
+    """The questions that a method answers, with FedAvg's answers. A method overrides a few of them.
+
+    Attributes:
+        per: what an entry's mean divides by: the weight that covers it, or that of all replies.
+        experiment: the run's configuration; `settings` are those that all methods share.
+        task: the network and how it is trained.
+        server: the proxy and test splits, normalised.
+        budget: what devices can carry.
+        federation: who is out there; its devices are nominal.
+        devices: as they are in this round.
+        record: of this round.
+    """
+
+    per: Literal["coverage", "total"] = "coverage"
+    experiment: Experiment
+    settings: Settings
+    task: Task
+    server: ServerData
+    budget: Budget
+    federation: Federation
+    devices: Mapping[int, Device]
+    record: RoundRecord
+
+    def levels(self) -> dict[str, Submodel]:
+        """The submodels that are evaluated, by name; the last one is what `accuracy` reports."""
+        return {"full": full(self.task.layout)}
+
+    def headline(self) -> tuple[str, ...]:
+        """The levels whose mean is `accuracy-levels`."""
+        return tuple(self.levels())
+
+    def prepare(self) -> None:
+        """Before round 1, once every device is known: pre-training, exploration."""
+
+    def assign(
+        self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
+    ) -> Mapping[int, Assignment]:
+        """Who trains what: all devices in, the cohort out. Here a uniform cohort of those that `can_train`."""
+        able = sorted(partition for partition, device in devices.items() if self.can_train(device))
+        cohort = sorted(rng.permutation(able)[: self.cohort_size(len(devices))].tolist())
+        return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
+
+    def cohort_size(self, num_devices: int) -> int:
+        """Devices a round: the fraction rounded down, at least one."""
+        return max(1, int(self.settings.fraction_train * num_devices + 1e-9))
+
+    def can_train(self, device: Device) -> bool:
+        """Whether a device may be in a cohort."""
+        return True
+
+    def part_of(self, device: Device, server_round: int) -> Assignment:
+        """What a device of the cohort trains."""
+        return Assignment(full(self.task.layout), "full")
+
+    def largest_part(self, device: Device, server_round: int) -> Assignment | None:
+        """The most that a device can train in a round; None = nothing."""
+        return self.part_of(device, server_round) if self.can_train(device) else None
+
+    def weigh(self, update: Update) -> float:
+        """A reply's weight in the mean: its number of examples."""
+        return update.weight
+
+    def level_trained(self, assignment: Assignment, update: Update) -> str:
+        """Name of the level that a reply holds; here what was sent."""
+        return assignment.level
+
+    def macs_beside(self, submodel: Submodel) -> int:
+        """Multiply-accumulates a sample beside training a part itself, for the round's deadline."""
+        return 0
+
+    def download_of(self, submodel: Submodel) -> Submodel:
+        """What a device is sent that is to train a part: the part, unless it cuts that out itself."""
+        return submodel
+
+    def level_for_evaluation(self, device: Device) -> str | None:
+        """The evaluated level that a device tests: the largest it can hold and test; None if there is none."""
+        levels = self.levels()
+        fitting = [
+            n for n, level in levels.items() if self.budget.holds(device, level) and self.budget.tests(device, level)
+        ]
+        return max(fitting, key=lambda name: self.budget.share(levels[name]), default=None)
+
+    def check(self, partition: int, update: Update) -> None:
+        """Refuse a reply, before any of it counts, that the method could not learn from.
+
+        Raises:
+            ValueError: says why.
+        """
+
+    def observe(self, server_round: int, partition: int, update: Update) -> None:
+        """Learn from an accepted reply (bandits, votes, masks)."""
+
+    def kept_units(self, update: Update) -> np.ndarray:
+        """Units of the part that the client trained, outputs included that its reply left out: its own model."""
+        units: np.ndarray = update.submodel.units | self.task.layout.fixed_units
+        return units
+
+    def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
+        """The server's own step after the mean."""
+        return averaged
+
+    def level_statistics(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics | None]:
+        """Batch-norm statistics of every evaluated level; None = those of the test batch."""
+        if self.settings.batch_norm == "batch":
+            return dict.fromkeys(self.levels())
+        proxy = self.server.proxy
+        return {name: level_statistics(self.task, level, arrays, proxy) for name, level in self.levels().items()}
+
+    def state_dict(self) -> State:
+        """What a method has learned beside the model: arrays, and values that JSON holds exactly."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Undo `state_dict`; takes the place of `prepare` when a run goes on."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a method wants to leave in summary.json besides."""
+        return {}
