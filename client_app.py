@@ -70,13 +70,13 @@ def evaluate(message: Message, context: Context) -> Message:
     """Test the part that came, or the model that this client keeps, on the client's test samples."""
     task, data = _work(message, context)
     personal = bool(_config(message).get("personal", False))
-    if "arrays" not in message.content:
+    if "arrays" in message.content:
+        job = _job(message, context, task)
+        part = Part(job.submodel, job.arrays)
+    else:
         base = int(cast(int, _config(message)["private-round"]))
         part = stored_model(task, load_state(_state_folder(message, context), base))
-    else:
-        job = _job(message, context, task)
-        require_memory(job, task.memory_to_test)
-        part = Part(job.submodel, job.arrays)
+    require_memory(_device(context), part.submodel, task.memory_to_test)
     if personal:
         result = evaluate_personal(task, part, data, _experiment(context).settings.batch_norm)
     else:
@@ -91,7 +91,7 @@ def statistics(message: Message, context: Context) -> Message:
     """Sum what batch norm sees of the client's training data, for every level that the part holds."""
     task, data = _work(message, context)
     job = _job(message, context, task)
-    require_memory(job, task.memory_to_test)
+    require_memory(job.device, job.submodel, task.memory_to_test)
     definition = str(message.content.config_records["query"]["definition"])
     sums: dict[str, ArrayRecord] = {}
     for name, bits in message.content.config_records["levels"].items():

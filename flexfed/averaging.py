@@ -74,7 +74,7 @@ class Averager:
         self._output_tensors = [
             name for name in layout.shapes if any(a is not None and outputs[a].any() for a in layout.axes[name])
         ]
-        self._size = _num_entries(layout.shapes)
+        self._room = _POOL_LIMIT * _num_entries(layout.shapes)  # entries that further pools may have
         self._pools: dict[bytes, _Pool] = {}
         self._scattered: dict[str, torch.Tensor] = {}
         self._covers: list[tuple[Submodel, float]] = []  # of scattered replies, with their weights
@@ -107,7 +107,7 @@ class Averager:
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
         flat = _shared(difference)
         refuse_non_finite(flat)
-        pool = known or (self._new_pool(widest) if pooled else None)
+        pool = known or (self._new_pool(widest) if pooled and expected <= self._room else None)
         if pool is not None:
             if flat.shape == pool.total.shape:
                 pool.total.add_(flat, alpha=weight)
@@ -132,10 +132,14 @@ class Averager:
         if numerator is None:
             return None
         old, weight = np.asarray(self._previous[name]), self._weight(name)
-        if old.dtype == np.float32 and (weight > 0).all():  # one pass over memory
-            return torch.addcdiv(_shared(old), numerator, torch.from_numpy(weight), out=numerator).numpy()
+        covered = weight > 0
+        if old.dtype == np.float32:  # one pass over memory
+            new = torch.addcdiv(_shared(old), numerator, torch.from_numpy(weight), out=numerator).numpy()
+            if not covered.all():
+                np.copyto(new, old, where=~covered)
+            return new
         new, change = np.array(old), numerator.numpy()
-        covered = np.broadcast_to(weight > 0, change.shape)
+        covered = np.broadcast_to(covered, change.shape)
         np.divide(change, weight, out=change, where=covered)
         np.add(new, change, out=new, where=covered)
         return new
@@ -159,9 +163,10 @@ class Averager:
         """A pool for another kind of reply, if there is room for it."""
         shapes = narrow_shapes(self._layout, widest)
         *begins, size = accumulate((math.prod(shape) for shape in shapes.values()), initial=0)
-        starts = dict(zip(shapes, begins, strict=True))
-        if size + sum(p.total.numel() for p in self._pools.values()) > _POOL_LIMIT * self._size:
+        if size > self._room:
             return None
+        self._room -= size
+        starts = dict(zip(shapes, begins, strict=True))
         pool = _Pool(widest, shapes, _zeros((size,)), np.zeros(self._layout.num_units), starts)
         self._pools[widest.key] = pool
         return pool
@@ -201,6 +206,8 @@ class Averager:
             start = stop
 
     def _cover(self, submodel: Submodel, weight: float) -> None:
+        if self._per == "total":
+            return  # nobody will ask
         self._covers.append((submodel, weight))
         if len(self._covers) >= _BLOCK:
             self._count_covers()
@@ -314,25 +321,26 @@ def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torc
         into.index_add_(0, torch.from_numpy(kept[0]), values, alpha=weight)
         return
     rows, columns = (np.arange(n) if i is None else i for i, n in zip(kept[:2], into.shape[:2], strict=True))
-    inner = math.prod(into.shape[2:])
-    step = max(1, _AT_ONCE // (len(columns) * inner))
+    add = _add_numbers if into[0, 0].numel() == 1 else _add_items
+    starts, values = rows[:, None] * into.shape[1], values.reshape(len(rows), -1)
+    step = max(1, _AT_ONCE // values.shape[1])
     for begin in range(0, len(rows), step):
-        block = slice(begin, begin + step)
-        pairs = (rows[block, None] * into.shape[1] + columns).reshape(-1)
-        _add_at_pairs(into.view(-1, inner), pairs, values[block].reshape(-1), weight)
+        pairs = (starts[begin : begin + step] + columns).reshape(-1)
+        add(into, pairs, values[begin : begin + step].reshape(-1), weight)
 
 
-def _add_at_pairs(into: torch.Tensor, pairs: np.ndarray, values: torch.Tensor, weight: float) -> None:
-    """Add to some rows of a matrix, each at most once.
+def _add_numbers(into: torch.Tensor, pairs: np.ndarray, values: torch.Tensor, weight: float) -> None:
+    """Add one number at each pair of positions on the first two axes."""
+    into.view(-1).index_add_(0, torch.from_numpy(pairs), values, alpha=weight)
 
-    Short rows (3 x 3 kernels) are read and written as one item each, by numpy: torch's `index_add_` adds single numbers
-    fast, but starts anew for every row, which takes six times as long.
+
+def _add_items(into: torch.Tensor, pairs: np.ndarray, values: torch.Tensor, weight: float) -> None:
+    """Add several (3 x 3 kernels) at each pair, which must be there once: read and written as one item by numpy.
+
+    Torch's `index_add_` starts anew for every item; that takes five times as long.
     """
-    if into.shape[1] == 1:
-        into.view(-1).index_add_(0, torch.from_numpy(pairs), values, alpha=weight)
-        return
-    numbers = into.numpy()
+    numbers = into.numpy().reshape(-1, into[0, 0].numel())
     items = numbers.view(np.dtype((np.void, numbers[0].nbytes)))[:, 0]
-    taken = np.take(items, pairs)
+    taken = items.take(pairs)
     torch.from_numpy(taken.view(numbers.dtype)).add_(values, alpha=weight)
-    np.put(items, pairs, taken)
+    items.put(pairs, taken)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexfed.overrides import Scalar
-from flexfed.runs import DEVICE_MEANS, Run, find_runs, leaves_devices_out, load_run
+from flexfed.runs import Run, find_runs, leaves_devices_out, load_run
 
 # Keys that say which method runs, where files lie and how the machine is used: not what is compared on.
 METHOD_KEYS = frozenset({"strategy", "ratio-policy"})
@@ -80,7 +80,7 @@ class Row:
 
     def leaves_devices_out(self, metric: str) -> bool:
         """Whether a mean over devices is one over the strong devices only."""
-        return metric in DEVICE_MEANS and any(leaves_devices_out(run.summary) for run in self.runs.values())
+        return any(leaves_devices_out(run.summary, metric) for run in self.runs.values())
 
     def mean_total(self, key: str) -> float | None:
         """Mean over seeds of a total, such as bytes-up."""

@@ -149,19 +149,20 @@ def free_memory_of(job: Job) -> float:
     return job.device.memory_now(np.random.default_rng([job.seed, 2]))
 
 
-def require_memory(job: Job, needed: Callable[[Submodel], int]) -> None:
+def require_memory(device: Device, part: Submodel, needed: Callable[[Submodel], int]) -> None:
     """Refuse, on a real device, what would not fit into the memory that is free: the system would kill the client.
 
     Args:
-        job: as received.
+        device: which is to do it.
+        part: that is to be trained or tested.
         needed: part -> bytes that must be free: `Task.memory_to_train` or `Task.memory_to_test`.
 
     Raises:
         RuntimeError: says what the part needs, and what there is.
     """
-    if not job.device.measure_memory:
+    if not device.measure_memory:
         return
-    need, free = needed(job.submodel), free_memory_of(job)
+    need, free = needed(part), free_memory()
     if need > free:
         raise RuntimeError(f"out of memory: the part needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
 

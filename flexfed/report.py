@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexfed.runs import DEVICE_MEANS, Metrics, Run, leaves_devices_out, quality_metrics, title_of
+from flexfed.runs import Metrics, Run, leaves_devices_out, quality_metrics, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -206,7 +206,7 @@ def _accuracy_table(summary: Mapping[str, Any], names: Sequence[str], other: Run
 
 def _comparable_value(other: Run, name: str) -> float | None:
     """The other run's mean of the last ten rounds, where it was measured on the same devices."""
-    if name in DEVICE_MEANS and leaves_devices_out(other.summary):
+    if leaves_devices_out(other.summary, name):
         return None
     value: float | None = (other.summary or {})["last10"].get(name)
     return value

@@ -19,10 +19,21 @@ from flexfed.overrides import Scalar, flatten, nest, read_toml
 Metrics = Mapping[str, Any]  # one round's line of metrics.jsonl
 
 # Summed over the rounds; everything else that is a number is a quality of the model at that round.
-TOTALS = ("bytes-down", "bytes-up", "bytes-evaluation", "macs", "macs-evaluation", "modelled-seconds", "modelled-seconds-training", "joules")
+TOTALS = (
+    "bytes-down",
+    "bytes-up",
+    "bytes-evaluation",
+    "macs",
+    "macs-evaluation",
+    "modelled-seconds",
+    "modelled-seconds-training",
+    "joules",
+)
 # Means over the devices that can hold a level of the method at all. A method without small levels (`exclusive`,
 # FedRolex) leaves weak devices out of them, so these numbers of it stand beside no other method's.
 DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
+# The same of models of their own: over the clients whose device can train anything at all.
+PERSONAL_MEANS = frozenset({"accuracy-personal", "accuracy-personal-worst-tenth"})
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
 CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "client-seconds", "time", "timestamp"})
 
@@ -180,10 +191,13 @@ def absolute_path(key: str, value: str) -> None:
         )
 
 
-def leaves_devices_out(summary: Mapping[str, Any] | None) -> bool:
-    """Whether a run's means over devices are means over the strong ones only."""
+def leaves_devices_out(summary: Mapping[str, Any] | None, metric: str) -> bool:
+    """Whether a metric of a run is a mean over the strong devices only."""
     facts = summary or {}
-    return bool(facts.get("clients-testing", facts.get("clients", 0)) < facts.get("clients", 0))
+    clients = facts.get("clients", 0)
+    if metric in PERSONAL_MEANS:
+        return bool(facts.get("final", {}).get("clients-personal", clients) < clients)
+    return metric in DEVICE_MEANS and bool(facts.get("clients-testing", clients) < clients)
 
 
 def title_of(summary: Mapping[str, Any]) -> str:

@@ -86,7 +86,7 @@ def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
     if axis is None:
         return None
     kept = units[axis]
-    return None if kept.all() else np.flatnonzero(kept)
+    return None if kept.all() else kept.nonzero()[0]
 
 
 def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:

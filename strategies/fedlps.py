@@ -109,12 +109,6 @@ class FedLPS(WidthStrategy):
         if "ranking" in update.told:
             self._rankings[partition] = update.told["ranking"]
 
-    def kept_units(self, update: Update) -> np.ndarray:
-        """Where masked units are not silent, the client's own model is the whole network, with zero rows."""
-        if self._config.mask_bias:
-            return super().kept_units(update)
-        return np.ones(self.task.layout.num_units, dtype=bool)
-
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""
         return 1.0 if self._config.weights == "uniform" else update.weight

@@ -137,7 +137,7 @@ EVERYBODY = "exclusive, fedavg, fedlps, fedrolex, flexfl, heterofl, small"
         ({"partition": "natural"}, "needs id-column"),
         ({"batch-norm": "frozen"}, "unknown batch-norm 'frozen'; known: batch, static"),
         ({"reply-order": "any"}, "unknown reply-order 'any'; known: arrival, cohort"),
-        ({"ratio-policy": "p-ucb"}, "unknown ratio-policy 'p-ucb'; known: budget, epsilon-greedy, fixed, level, own, p-ucbv"),
+        ({"ratio-policy": "p-ucb"}, "unknown ratio-policy 'p-ucb'; known: budget, epsilon-greedy, fixed, level"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion'; known: sgd, adam"),
         ({"strategy": "small", "small.ratio": 0.0}, r"small.ratio must be in \(0, 1\], got 0"),
         ({"strategy": "small", "small.ratio": 1.5}, r"small.ratio must be in \(0, 1\], got 1.5"),

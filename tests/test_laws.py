@@ -240,10 +240,10 @@ def test_law_3_a_whole_round_is_the_covered_mean_of_its_replies(strategy: str, t
         return reply
 
     run = run_toy(tmp_path, strategy, fleet_of(strategy), alter=listen)
-    uniform = strategy in ("heterofl", "fedrolex")
+    uniform = strategy in ("heterofl", "fedrolex", "fedlps")
     replies = [(u.submodel, u.difference, 1.0 if uniform else u.weight) for u in updates]
     initial = {n: t.numpy() for n, t in travelling(_seeded(task.factory)).items()}
-    expected, _ = dense_mean(task.layout, initial, replies)
+    expected, _ = dense_mean(task.layout, initial, replies, "total" if strategy == "fedlps" else "coverage")
     assert len(replies) > 1
     for name, array in final_model(run).items():
         corner = expected[name][tuple(slice(n) for n in array.shape)]

@@ -146,7 +146,7 @@ FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message], str]] = {
     "weight below 0 of equals": ("heterofl", metrics(weight=-5.0), "weight"),
     "loss nan": ("fedavg", metrics(**{"train-loss": float("nan")}), "must be finite numbers"),
     "bits": ("fedavg", put("submodel", ConfigRecord({"units": b"\1"})), "units of a submodel should be 32 bytes"),
-    "text": ("fedavg", put("submodel", ConfigRecord({"units": "all"})), "submodel of a reply, and what it tells besides, must be"),
+    "text": ("fedavg", put("submodel", ConfigRecord({"units": "all"})), "what it tells besides, must be bytes"),
     "never sent": ("heterofl", everything, "claims units or tensors that it was never sent"),
     "no level": ("flexfl", one_unit_less, "its units are those of no level"),
 }

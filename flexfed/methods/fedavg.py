@@ -41,6 +41,6 @@ class SmallConfig:
 
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train what was sent and send back all of it, weighted by the number of examples."""
-    require_memory(job, task.memory_to_train)
+    require_memory(job.device, job.submodel, task.memory_to_train)
     trained = train_network(task.network(job.arrays), job, task, data.train)
     return make_update(job, task, job.submodel, job.arrays, trained, float(len(data.train.labels)))

@@ -217,7 +217,7 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     config: FedLPSConfig = task.method
     weight = float(len(data.train.labels))
     if config.pattern != "learned":
-        require_memory(job, task.memory_to_train)
+        require_memory(job.device, job.submodel, task.memory_to_train)
         trained = _train_narrow(job, task, data, job.submodel, job.arrays, None)
         return make_update(job, task, job.submodel, job.arrays, trained, weight)
     learner = ScoreLearner(_scores(job, task), task, task.training.rate_at(job.server_round))
@@ -242,7 +242,7 @@ def _narrow_update(job: Job, task: Task, data: ClientData, learner: ScoreLearner
         ratio = float(str(job.config["ratio"]))
         submodel = top(task.layout, learner.scores.values.numpy(), ratio, "floor")
         arrays = shrink(task.layout, job.submodel, submodel, job.arrays)
-    require_memory(replace(job, submodel=submodel), task.memory_to_train)
+    require_memory(job.device, submodel, task.memory_to_train)
     trained = _train_narrow(job, task, data, submodel, arrays, learner)
     return make_update(job, task, submodel, arrays, trained, weight)
 
@@ -271,7 +271,7 @@ def _train_narrow(
 
 def _masked_update(job: Job, task: Task, data: ClientData, learner: ScoreLearner, weight: float) -> Update:
     """The whole network under masks; the rows that the last mask kept are sent."""
-    require_memory(job, task.memory_to_train)
+    require_memory(job.device, full(task.layout), task.memory_to_train)
     config: FedLPSConfig = task.method
     network = MaskedNetwork(task, job.arrays, learner, float(str(job.config["ratio"])))
     trained = train_network(network.model, job, task, data.train, network.loss, network.step)

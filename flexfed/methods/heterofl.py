@@ -190,7 +190,7 @@ def masked_cross_entropy(logits: Tensor, targets: Tensor, labels_present: Tensor
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train the part with the scaler and the masked loss; send back the classifier rows of classes held."""
     method: HeteroFLConfig = task.method
-    require_memory(job, task.memory_to_train)
+    require_memory(job.device, job.submodel, task.memory_to_train)
     present = np.zeros(task.num_classes, dtype=bool)
     present[data.train.labels.numpy()] = True
     held = torch.from_numpy(present)
