@@ -21,7 +21,9 @@ import numpy as np
 from benchmarks.measuring import Row, in_child
 from benchmarks.speed import ONE_THREAD, machine
 from benchmarks.speed import table as row_table
-from flexfed.bandits import BANDITS, Bandit, BanditConfig, pack_bandits, unpack_bandits
+from flexfed.bandits import Bandit, BanditConfig
+from flexfed.ratios import pack_bandits, unpack_bandits
+from flexfed.rivals import BANDITS
 
 PEAKS = (0.55, 0.65, 0.75, 0.85, 0.95)
 PULLS = (10, 20, 100, 200)

@@ -1,4 +1,4 @@
-"""How much of the network a client trains, learned from what it brought: P-UCBV, and rivals to compare it with.
+"""How much of the network a client trains, learned from what it brought: P-UCBV.
 
 P-UCBV is the ratio policy of FedLPS, "Learnable Sparse Customization in Heterogeneous Edge Computing" (Xue, Sun,
 Liu, Wang, Liu, Wang, ICDE 2025, https://arxiv.org/abs/2412.07216). Only the abstract and the released code were to
@@ -8,9 +8,7 @@ put right (profile `aligned`), and by default every arm is tried once before (`s
 A client has one bandit, kept by the server. An arm is an interval of ratios. `choose` changes nothing; `observe`
 commits when the reward has come, so that a device that fails leaves no trace.
 
-The rivals are an index of a line or two each: MABWiser, SMPyBandits, BanditLab and PyBandits choose among all arms,
-with a generator of their own and state inside objects (MABWiser's Thompson sampling wants rewards of 0 and 1, and it
-has no UCB-V), while here the arms that a device may pull change, draws come from outside and state is plain arrays.
+Its rivals stand in `flexfed.rivals`.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ Baseline = Literal["first", "zero"]
 LO, HI, COUNT, MEAN, SQUARES = range(5)
 """Rows of an array of arms: the interval [lo, hi), how many rewards it has, their mean, and the sum of the squares of
 their distances from it. P-UCBV's own pull count n is always the number of rewards, so it is not kept twice."""
-_ROWS = ("lo", "hi", "count", "mean", "squares")
+ROWS = ("lo", "hi", "count", "mean", "squares")
 _HAIR = 1e-9  # binary fractions make 0.2 - 0.05 a hair more than 0.15
 
 
@@ -225,15 +223,15 @@ class Bandit(ABC):
         return {
             "arms": self.arms,
             "pulls": np.array(self.pulls, dtype=np.int64),
-            "best": np.array(_or_nan(self.best)),
-            "previous": np.array(_or_nan(self.previous)),
+            "best": np.array(or_nan(self.best)),
+            "previous": np.array(or_nan(self.previous)),
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on where a bandit of the same policy and knobs gave its `state`."""
         self.arms = np.array(state["arms"], dtype=np.float64)
         self.pulls = int(state["pulls"])
-        self.best, self.previous = _or_none(float(state["best"])), _or_none(float(state["previous"]))
+        self.best, self.previous = or_none(float(state["best"])), or_none(float(state["previous"]))
 
     def _first_arms(self) -> np.ndarray:
         return np.empty((5, 0))
@@ -244,21 +242,6 @@ class Bandit(ABC):
 
     def _credit(self, pull: Pull, reward: float, accuracy: float) -> None:  # noqa: B027 - not every policy learns
         """Learn; raises before anything is changed."""
-
-
-class Fixed(Bandit):
-    """Always `bandit.ratio`, or the cap where that is less; learns nothing."""
-
-    def _choose(self, cap: float, draws: Draws) -> tuple[float, int, bool]:
-        return min(cap, self.config.ratio), 0, False
-
-
-class Uniform(Bandit):
-    """Anywhere in the allowed part of [low, high], equally likely; learns nothing."""
-
-    def _choose(self, cap: float, draws: Draws) -> tuple[float, int, bool] | None:
-        low, high = self.config.low, self.config.high
-        return (_between(low, min(high, cap), draws[2]), 0, False) if low < cap else None
 
 
 class ArmBandit(Bandit):
@@ -277,7 +260,7 @@ class ArmBandit(Bandit):
         if not sweep:
             arm = self._select(arms, draws)
         lo, hi = float(arms[LO, arm]), float(arms[HI, arm])
-        return _between(lo, min(hi, cap), draws[2]), arm, sweep
+        return between(lo, min(hi, cap), draws[2]), arm, sweep
 
     @abstractmethod
     def _select(self, arms: np.ndarray, draws: Draws) -> int:
@@ -297,49 +280,6 @@ class ArmBandit(Bandit):
             f"{pull} is not one of this bandit as it stands, with arms {self.arms[: HI + 1].T.tolist()}: observe each "
             "pull once, and before the next is observed"
         )
-
-
-class UCB1(ArmBandit):
-    """Largest mean + sqrt(2 ln t / n), t = pulls of all arms; takes rewards to lie in [0, 1].
-
-    "Finite-time Analysis of the Multiarmed Bandit Problem" (Auer, Cesa-Bianchi, Fischer, Machine Learning 2002).
-    """
-
-    def _select(self, arms: np.ndarray, draws: Draws) -> int:
-        return int((arms[MEAN] + np.sqrt(2 * math.log(self.arms[COUNT].sum()) / arms[COUNT])).argmax())
-
-
-class UCBV(ArmBandit):
-    """Largest mean + sqrt(2 var e / n) + 3 e / n with e = 1.2 ln t; takes rewards to lie in [0, 1].
-
-    "Exploration-exploitation tradeoff using variance estimates in multi-armed bandits" (Audibert, Munos, Szepesvari,
-    Theoretical Computer Science 2009), with b = 1, c = 1 and zeta = 1.2.
-    """
-
-    def _select(self, arms: np.ndarray, draws: Draws) -> int:
-        bonus = 1.2 * math.log(self.arms[COUNT].sum()) / arms[COUNT]
-        return int((arms[MEAN] + np.sqrt(2 * _variances(arms) * bonus) + 3 * bonus).argmax())
-
-
-class EpsilonGreedy(ArmBandit):
-    """Any arm with probability epsilon, else the largest mean; any scale of rewards (Sutton and Barto, section 2.2)."""
-
-    def _select(self, arms: np.ndarray, draws: Draws) -> int:
-        explore, which, _ = draws
-        return int(which * arms.shape[1]) if explore < self.config.epsilon else int(arms[MEAN].argmax())
-
-
-class Thompson(ArmBandit):
-    """Largest draw from N(sum / (n + 1), 1 / (n + 1)); takes rewards to vary by about 1 around means near 0 to 1.
-
-    "Further Optimal Regret Bounds for Thompson Sampling" (Agrawal, Goyal, AISTATS 2013), the Gaussian prior. Its
-    normal numbers come from a generator that the first two draws seed: a resumed run goes on the same.
-    """
-
-    def _select(self, arms: np.ndarray, draws: Draws) -> int:
-        rng = np.random.default_rng([int(draw * 2**53) for draw in draws[:2]])  # exact: a draw has 53 bits
-        normals = rng.standard_normal(arms.shape[1])
-        return int((arms[MEAN] * arms[COUNT] / (arms[COUNT] + 1) + normals / np.sqrt(arms[COUNT] + 1)).argmax())
 
 
 class PUCBV(ArmBandit):
@@ -367,7 +307,7 @@ class PUCBV(ArmBandit):
         explore, which, _ = draws
         if explore < 1 / max(self.pulls, 1):
             return int(which * arms.shape[1])
-        found = index(arms[MEAN], _variances(arms), arms[COUNT], self.horizon, self.epsilon, self.arms.shape[1])
+        found = index(arms[MEAN], variances_of(arms), arms[COUNT], self.horizon, self.epsilon, self.arms.shape[1])
         return int(found.argmax())
 
     def _credit(self, pull: Pull, reward: float, accuracy: float) -> None:
@@ -393,17 +333,6 @@ class PUCBV(ArmBandit):
         return self.previous is not None and accuracy < self.previous - self.config.drop - _HAIR
 
 
-BANDITS: dict[str, type[Bandit]] = {
-    "p-ucbv": PUCBV,
-    "ucb1": UCB1,
-    "ucb-v": UCBV,
-    "epsilon-greedy": EpsilonGreedy,
-    "thompson": Thompson,
-    "uniform": Uniform,
-    "fixed": Fixed,
-}
-
-
 @lru_cache(maxsize=8)
 def equal_arms(low: float, high: float, num_arms: int) -> np.ndarray:
     """Equal intervals without rewards, read-only: (5, num_arms)."""
@@ -415,7 +344,7 @@ def equal_arms(low: float, high: float, num_arms: int) -> np.ndarray:
     return arms
 
 
-def _between(lo: float, top: float, share: float) -> float:
+def between(lo: float, top: float, share: float) -> float:
     """A point in [lo, top), however it is rounded."""
     return min(lo + float(share) * (top - lo), math.nextafter(top, lo))
 
@@ -427,66 +356,16 @@ def _with_reward(arm: np.ndarray, reward: float) -> np.ndarray:
     return np.array([lo, hi, count + 1, moved, squares + (reward - mean) * (reward - moved)])
 
 
-def _variances(arms: np.ndarray) -> np.ndarray:
+def variances_of(arms: np.ndarray) -> np.ndarray:
     """Population variance of each arm's rewards."""
     return np.asarray(arms[SQUARES] / arms[COUNT])
 
 
-def _or_nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """None as an array holds it."""
     return math.nan if value is None else value
 
 
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
+    """Undo `or_nan`."""
     return None if math.isnan(value) else value
-
-
-def pack_bandits(bandits: Mapping[int, Bandit]) -> Arrays:
-    """Every client's bandit as a few flat arrays, by rising partition.
-
-    "bandit/partition", "bandit/pulls", "bandit/best" and "bandit/previous" (nan = none) have one entry a client;
-    "bandit/offset" one more: client i's arms are entries offset[i] to offset[i + 1] of "bandit/lo", "bandit/hi",
-    "bandit/count", "bandit/mean" and "bandit/squares".
-    """
-    ordered = [bandits[partition] for partition in sorted(bandits)]
-    arms = np.concatenate([np.empty((5, 0)), *(bandit.arms for bandit in ordered)], axis=1)
-    packed: Arrays = {
-        "partition": np.array(sorted(bandits), dtype=np.int64),
-        "offset": np.cumsum([0, *(bandit.arms.shape[1] for bandit in ordered)], dtype=np.int64),
-        "pulls": np.array([bandit.pulls for bandit in ordered], dtype=np.int64),
-        "best": np.array([_or_nan(bandit.best) for bandit in ordered], dtype=np.float64),
-        "previous": np.array([_or_nan(bandit.previous) for bandit in ordered], dtype=np.float64),
-        **dict(zip(_ROWS, arms, strict=True)),
-    }
-    return {f"bandit/{key}": np.ascontiguousarray(array) for key, array in packed.items()}
-
-
-def unpack_bandits(
-    name: str, config: BanditConfig, horizon: float, arrays: Mapping[str, np.ndarray]
-) -> dict[int, Bandit]:
-    """Bandits of one policy from what `pack_bandits` made of them; each goes on bit for bit.
-
-    Raises:
-        ValueError: no such policy, or an array that is missing or does not fit the others.
-    """
-    if name not in BANDITS:
-        raise ValueError(f"unknown bandit {name!r}; known: {', '.join(sorted(BANDITS))}")
-    packed = {key.removeprefix("bandit/"): array for key, array in arrays.items() if key.startswith("bandit/")}
-    _check_packed(packed)
-    arms = np.stack([packed[row] for row in _ROWS])
-    offsets = packed["offset"].tolist()
-    found = {}
-    for i, partition in enumerate(packed["partition"].tolist()):
-        found[partition] = bandit = BANDITS[name](config, horizon)
-        one = {key: packed[key][i] for key in ("pulls", "best", "previous")}
-        bandit.restore({"arms": arms[:, offsets[i] : offsets[i + 1]], **one})
-    return found
-
-
-def _check_packed(packed: Mapping[str, np.ndarray]) -> None:
-    clients, per_client = len(packed.get("partition", ())), ("partition", "pulls", "best", "previous")
-    num_arms = int(packed["offset"][-1]) if len(packed.get("offset", ())) else 0
-    lengths = {**dict.fromkeys(per_client, clients), "offset": clients + 1, **dict.fromkeys(_ROWS, num_arms)}
-    for key, length in lengths.items():
-        if key not in packed or packed[key].shape != (length,):
-            got = packed[key].shape if key in packed else "no such array"
-            raise ValueError(f"bandits in a checkpoint: 'bandit/{key}' should have shape ({length},), got {got}")

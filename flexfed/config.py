@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from flexfed.bandits import BANDITS, BanditConfig
+from flexfed.bandits import BanditConfig
 from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
 from flexfed.models import check_model, model_factory
+from flexfed.rivals import BANDITS
 from flexfed.runs import absolute_path
 from flexfed.training import Training
 from flexfed.units import trace_layout

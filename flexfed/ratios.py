@@ -6,12 +6,14 @@ or what a bandit of this client chooses from it (`flexfed.bandits`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from flexfed.bandits import BANDITS, Bandit, BanditConfig, Pull, pack_bandits, reward, unpack_bandits
+from flexfed.bandits import ROWS, Bandit, BanditConfig, Pull, or_nan, reward
+from flexfed.rivals import BANDITS
 from flexfed.units import Arrays
 
 MEBIBYTE = 2**20
@@ -125,3 +127,55 @@ def ratio_policy(name: str, config: BanditConfig, seed: int, horizon: float) -> 
     if name == "level":
         return None
     return AllOfIt() if name == "budget" else OneBanditEach(name, config, seed, horizon)
+
+
+def pack_bandits(bandits: Mapping[int, Bandit]) -> Arrays:
+    """Every client's bandit as a few flat arrays, by rising partition.
+
+    "bandit/partition", "bandit/pulls", "bandit/best" and "bandit/previous" (nan = none) have one entry a client;
+    "bandit/offset" one more: client i's arms are entries offset[i] to offset[i + 1] of "bandit/lo", "bandit/hi",
+    "bandit/count", "bandit/mean" and "bandit/squares".
+    """
+    ordered = [bandits[partition] for partition in sorted(bandits)]
+    arms = np.concatenate([np.empty((5, 0)), *(bandit.arms for bandit in ordered)], axis=1)
+    packed: Arrays = {
+        "partition": np.array(sorted(bandits), dtype=np.int64),
+        "offset": np.cumsum([0, *(bandit.arms.shape[1] for bandit in ordered)], dtype=np.int64),
+        "pulls": np.array([bandit.pulls for bandit in ordered], dtype=np.int64),
+        "best": np.array([or_nan(bandit.best) for bandit in ordered], dtype=np.float64),
+        "previous": np.array([or_nan(bandit.previous) for bandit in ordered], dtype=np.float64),
+        **dict(zip(ROWS, arms, strict=True)),
+    }
+    return {f"bandit/{key}": np.ascontiguousarray(array) for key, array in packed.items()}
+
+
+def unpack_bandits(
+    name: str, config: BanditConfig, horizon: float, arrays: Mapping[str, np.ndarray]
+) -> dict[int, Bandit]:
+    """Bandits of one policy from what `pack_bandits` made of them; each goes on bit for bit.
+
+    Raises:
+        ValueError: no such policy, or an array that is missing or does not fit the others.
+    """
+    if name not in BANDITS:
+        raise ValueError(f"unknown bandit {name!r}; known: {', '.join(sorted(BANDITS))}")
+    packed = {key.removeprefix("bandit/"): array for key, array in arrays.items() if key.startswith("bandit/")}
+    _check_packed(packed)
+    arms = np.stack([packed[row] for row in ROWS])
+    offsets = packed["offset"].tolist()
+    found = {}
+    for i, partition in enumerate(packed["partition"].tolist()):
+        found[partition] = bandit = BANDITS[name](config, horizon)
+        one = {key: packed[key][i] for key in ("pulls", "best", "previous")}
+        bandit.restore({"arms": arms[:, offsets[i] : offsets[i + 1]], **one})
+    return found
+
+
+def _check_packed(packed: Mapping[str, np.ndarray]) -> None:
+    clients, per_client = len(packed.get("partition", ())), ("partition", "pulls", "best", "previous")
+    num_arms = int(packed["offset"][-1]) if len(packed.get("offset", ())) else 0
+    lengths = {**dict.fromkeys(per_client, clients), "offset": clients + 1, **dict.fromkeys(ROWS, num_arms)}
+    for key, length in lengths.items():
+        if key not in packed or packed[key].shape != (length,):
+            got = packed[key].shape if key in packed else "no such array"
+            raise ValueError(f"bandits in a checkpoint: 'bandit/{key}' should have shape ({length},), got {got}")

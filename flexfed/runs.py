@@ -29,6 +29,8 @@ TOTALS = (
     "modelled-seconds-training",
     "joules",
 )
+# The same of one method's own accounts; only runs that have them show them. FedLPS's cost model, as its code counts.
+OWN_TOTALS = ("flops-nnz", "flops-structural", "bits-up-row-sparse", "modelled-seconds-nnz")
 # Means over the devices that can hold a level of the method at all. A method without small levels (`exclusive`,
 # FedRolex) leaves weak devices out of them, so these numbers of it stand beside no other method's.
 DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
@@ -345,6 +347,7 @@ def summarise(rounds: Sequence[Metrics], facts: Mapping[str, Any]) -> dict[str, 
     summary["last10"] = _per_metric(rounds[-10:], lambda name, values: _mean(values))
     summary["best"] = _per_metric(rounds, _best)
     summary.update({key: sum(_numbers(rounds, key)) for key in TOTALS})
+    summary.update({key: sum(_numbers(rounds, key)) for key in OWN_TOTALS if any(key in line for line in rounds)})
     summary.update({key: sum(len(line.get(key) or ()) for line in rounds) for key in ("refused", "failed")})
     return {**facts, **summary, **facts}  # facts stand first, and win
 
@@ -357,7 +360,7 @@ def quality_metrics(rounds: Sequence[Metrics]) -> list[str]:
 
 def _is_quality(key: str, value: Any) -> bool:
     is_number = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    return is_number and key != "round" and key not in TOTALS
+    return is_number and key not in ("round", *TOTALS, *OWN_TOTALS)
 
 
 def _per_metric(rounds: Sequence[Metrics], reduce: Any) -> dict[str, float | None]:

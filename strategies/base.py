@@ -293,7 +293,7 @@ class SubmodelStrategy(MethodStrategy):
                 self.tests.read(partition, reply)
             except ValueError as cause:
                 self._note(self.record.failed, partition, str(cause))
-        line = self.record.line()
+        line = {**self.record.line(), **self.round_facts()}
         if self.on_round is not None:
             self.on_round(line, self.checkpoint(), self.record.client_seconds)
         if reached(line, self.settings.stop_at_accuracy):

@@ -9,9 +9,17 @@ import numpy as np
 from torch import nn
 
 from flexfed.checkpoint import State
+from flexfed.cost import modelled_seconds
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.fedlps import FedLPSConfig, add_noise, pattern_scores, scores_from
+from flexfed.methods.fedlps_cost import (
+    download_bits_dense,
+    flops_nnz,
+    flops_structural,
+    round_flops,
+    upload_bits_row_sparse,
+)
 from flexfed.networks import build_on_meta
 from flexfed.select import prefix_ratio, top
 from flexfed.submodel import Submodel, full
@@ -30,6 +38,7 @@ class FedLPS(WidthStrategy):
         super().__init__(*args, **kwargs)
         self.per = "total" if self._config.normalise == "all" else "coverage"
         self._rankings: dict[int, bytes] = {}  # partition -> the order of its units, as it last told
+        self._accounts: list[dict[str, float]] = []  # of this round's replies
 
     @property
     def _config(self) -> FedLPSConfig:
@@ -108,6 +117,28 @@ class FedLPS(WidthStrategy):
         super().observe(server_round, partition, update)
         if "ranking" in update.told:
             self._rankings[partition] = update.told["ranking"]
+        self._accounts.append(self._account(self.devices[partition], update))
+
+    def _account(self, device: Device, update: Update) -> dict[str, float]:
+        """What a reply cost as FedLPS counts: the whole network comes, rows go back, and rows are what is computed."""
+        task, training = self.task, self.task.training
+        network = (task.factory, task.layout, update.submodel, task.input_shape, training.batch_size)
+        flops = {
+            key: round_flops(
+                sum(count(*network).values()), device.num_examples, training.batch_size, training.local_epochs
+            )
+            for key, count in (("flops-nnz", flops_nnz), ("flops-structural", flops_structural))
+        }
+        bits_up = upload_bits_row_sparse(task.layout, update.submodel, self._config.mask_bias)
+        bytes_down, bytes_up = download_bits_dense(task.layout) // 8, -(-bits_up // 8)
+        seconds = modelled_seconds(device, flops["flops-nnz"] // 2, bytes_down, bytes_up)
+        return {**flops, "bits-up-row-sparse": bits_up, "modelled-seconds-nnz": seconds}
+
+    def round_facts(self) -> dict[str, float]:
+        """The round's cost by FedLPS's own model, beside the project's: sums, and the slowest device's seconds."""
+        accounts, self._accounts = self._accounts, []
+        sums = {key: sum(a[key] for a in accounts) for key in ("flops-nnz", "flops-structural", "bits-up-row-sparse")}
+        return {**sums, "modelled-seconds-nnz": max((a["modelled-seconds-nnz"] for a in accounts), default=0.0)}
 
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""

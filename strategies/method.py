@@ -139,6 +139,10 @@ class MethodStrategy(Strategy):
     def load_state_dict(self, state: State) -> None:
         """Undo `state_dict`; takes the place of `prepare` when a run goes on."""
 
+    def round_facts(self) -> dict[str, float]:
+        """Numbers of this round that only this method has, for its line."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """What a method wants to leave in summary.json besides."""
         return {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy import LAYOUTS, dense_mean, random_arrays, random_difference, random_units, same_bits
+from toy import LAYOUTS, dense_mean, place, random_arrays, random_difference, random_units, same_bits
 
 from flexfed.averaging import Averager, add_at, refuse_non_finite
 from flexfed.select import prefix
@@ -164,6 +164,23 @@ def test_no_reply_no_change(layout: Layout, previous: Arrays) -> None:
     assert not any(np.shares_memory(new[name], previous[name]) for name in new)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_what_nobody_covers_keeps_its_bytes(layout: Layout, previous: Arrays, kind: type) -> None:
+    """Also those of -0, to which nothing can be added without a change, and of numbers that are none."""
+    odd = {name: np.where(array > 0.5, kind(-0.0), array.astype(kind)) for name, array in previous.items()}
+    odd["fc.bias"][3:5] = np.nan, -0.0
+    part = prefix(layout, {"stem": 3, "fc": 3, "side": 2})
+    averager = Averager(layout, odd)
+    averager.add(part, random_difference(layout, part, np.random.default_rng(1)))
+    new = averager.result()
+    for name in layout.shapes:
+        untouched = np.ones(layout.shapes[name], dtype=bool)
+        untouched[place(layout, part, name)] = False
+        assert new[name][untouched].tobytes() == odd[name][untouched].tobytes()
+        assert new[name].dtype == kind
+        assert not np.array_equal(new[name], odd[name])
+
+
 def test_one_client_with_everything_is_the_new_model(layout: Layout, previous: Arrays) -> None:
     trained = random_arrays(layout, np.random.default_rng(1))
     averager = Averager(layout, previous)
@@ -207,18 +224,21 @@ def test_a_part_without_any_unit_of_a_group_covers_nothing_there(layout: Layout,
             np.testing.assert_allclose(new[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_add_at_agrees_with_an_open_mesh() -> None:
+@pytest.mark.parametrize("at_once", [1, 7, 1 << 16])  # numbers in one go: less than a row, a row and more, all
+@pytest.mark.parametrize("shape", [(6, 5, 3), (6, 5, 1), (6, 5)])
+def test_add_at_agrees_with_an_open_mesh(shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexfed.averaging._AT_ONCE", at_once)
     rng = np.random.default_rng(0)
-    shape = (6, 5, 3)
+    whole = (None,) * (len(shape) - 2)
     choices = [None, np.array([0, 1, 2]), np.array([0, 2, 4]), np.array([3]), np.array([], dtype=np.int64)]
     for rows in choices:
         for columns in choices:
             mesh = np.ix_(
-                *[np.arange(n) if i is None else i for i, n in zip((rows, columns, None), shape, strict=True)]
+                *[np.arange(n) if i is None else i for i, n in zip((rows, columns, *whole), shape, strict=True)]
             )
             into = rng.standard_normal(shape).astype(np.float32)
             values = rng.standard_normal([len(axis.ravel()) for axis in mesh]).astype(np.float32)
             expected = into.copy()
             expected[mesh] += np.float32(2.5) * values
-            add_at(torch.from_numpy(into), (rows, columns, None), torch.from_numpy(values), 2.5)
+            add_at(torch.from_numpy(into), (rows, columns, *whole), torch.from_numpy(values), 2.5)
             np.testing.assert_allclose(into, expected, rtol=1e-6, atol=1e-6)

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexfed.bandits import (
-    BANDITS,
     COUNT,
     HI,
     LO,
@@ -25,13 +24,13 @@ from flexfed.bandits import (
     BanditConfig,
     Pull,
     index,
-    pack_bandits,
     reward,
-    unpack_bandits,
     utility,
 )
 from flexfed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from flexfed.config import read
+from flexfed.ratios import pack_bandits, unpack_bandits
+from flexfed.rivals import BANDITS
 
 LEARNERS = ("p-ucbv", "ucb1", "ucb-v", "epsilon-greedy", "thompson")
 ALIGNED = BanditConfig(profile="aligned")
@@ -749,4 +748,4 @@ def test_arrays_that_do_not_fit():
 
 
 def test_needs_no_torch():
-    subprocess.run([sys.executable, "-c", "import sys, flexfed.bandits; sys.exit('torch' in sys.modules)"], check=True)
+    subprocess.run([sys.executable, "-c", "import sys, flexfed.rivals; sys.exit('torch' in sys.modules)"], check=True)

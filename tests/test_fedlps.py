@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from strategies.record import RoundRecord
 def columns(*sizes: int, outputs: int = 0) -> Layout:
     """A linear layer of two inputs for each size, none behind another; the last is the output where asked."""
     starts = np.cumsum([0, *sizes, outputs])
-    spans = {f"{i}": range(a, b) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False)) if a < b}
+    spans = {f"{i}": range(a, b) for i, (a, b) in enumerate(pairwise(starts)) if a < b}
     axes: Any = {f"{name}.weight": (np.asarray(span), None) for name, span in spans.items()}
     shapes = {f"{name}.weight": (len(span), 2) for name, span in spans.items()}
     return Layout(spans, axes, shapes, frozenset({f"{len(sizes)}"} if outputs else ()))
@@ -68,6 +69,7 @@ def server(**values: Any) -> FedLPS:
     experiment = Experiment.read({"strategy": "fedlps", **{k.replace("_", "-"): v for k, v in given.items()}})
     made = FedLPS(experiment, replace(task(), method=experiment.method), None)  # type: ignore[arg-type]
     made._arrays = random_arrays(task().layout, np.random.default_rng(9))
+    made.devices = {p: Device(p, num_examples=20) for p in range(8)}
     return made
 
 

@@ -30,18 +30,21 @@ the code are named):
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 
 from flexfed.jobs import Job, Part, Task, Trained, Update, make_update, require_memory, shrink, train_network
 from flexfed.methods.fedlps_masked import MaskedNetwork
 from flexfed.methods.fedlps_scores import Rows, ScoreLearner, Scores, initial_scores, kept_scores, unit_norms
 from flexfed.select import top
 from flexfed.submodel import Submodel, full
-from flexfed.training import cross_entropy, proximal
+from flexfed.training import proximal
 from flexfed.units import Arrays, Layout
 
 if TYPE_CHECKING:
@@ -255,15 +258,25 @@ def _train_narrow(
     rows = Rows(task.layout, submodel, model, vectors=True)
     active = torch.from_numpy(submodel.units.copy())
 
+    products: dict[str, Tensor] = {}  # tensor -> sums over units; of the loss alone, not clipped, without the term
+
+    def note(name: str, weight: Tensor, gradient: Tensor) -> None:
+        products[name] = rows.sums({name: gradient * weight.detach()})
+
     def loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(network, inputs, labels) + proximal(network, start, task.method.prox)
+        seen = {n: p.view_as(p) for n, p in network.named_parameters() if p.requires_grad}
+        for name, parameter in network.named_parameters():
+            if learner is not None and name in seen:
+                seen[name].register_hook(partial(note, name, parameter))  # type: ignore[no-untyped-call]
+        logits: Tensor = functional_call(network, seen, (inputs,))
+        return functional.cross_entropy(logits, labels) + proximal(network, start, task.method.prox)
 
     def step(optimizer: torch.optim.Optimizer) -> None:
         if learner is not None:
             with torch.no_grad():
                 tensors = dict(model.named_parameters())
-                products = rows.sums({n: p.grad * p for n, p in tensors.items() if p.grad is not None})
-                learner.learn(products, unit_norms(rows, tensors), active, active)
+                total = sum((products[n] for n in tensors if n in products), torch.zeros(rows.num_units))
+                learner.learn(total, unit_norms(rows, tensors), active, active)
         optimizer.step()
 
     return train_network(model, job, task, data.train, loss, step)

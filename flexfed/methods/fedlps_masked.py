@@ -66,7 +66,8 @@ class MaskedNetwork:
         for name, parameter in model.named_parameters():
             if name in self._rows.places:
                 self._effective[name] = parameter * self._row_mask(name)
-                self._effective[name].retain_grad()  # scores learn from all rows, masked or not
+                if parameter.requires_grad:
+                    self._effective[name].retain_grad()  # scores learn from all rows, masked or not
         logits: Tensor = functional_call(model, self._effective, (inputs,))
         return functional.cross_entropy(logits, labels) + proximal(model, self._start, self._task.method.prox)
 
