@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # `accuracy-<name>` with these names is no level of the method.
 _NO_LEVELS = frozenset({"levels", "clients", "worst-tenth", "personal"})
 _PERSONAL = "personal-"  # before a capability
+_MANY_LEVELS = 5
 _SIZES = ("XS", "S", "M-", "M", "L-", "L", "XL")
 _NAMES = {
     "accuracy": "largest model reported",
@@ -22,6 +23,7 @@ _NAMES = {
     "accuracy-clients": "mean over the clients",
     "accuracy-worst-tenth": "worst tenth of clients",
     "accuracy-personal": "personal models",
+    "accuracy-personal-worst-tenth": "worst tenth of them",
 }
 _COSTS = {
     "bytes-down": "sent to devices",
@@ -98,9 +100,8 @@ def round_line(metrics: Metrics, num_rounds: int, seconds: float, eta: float | N
     """The log line of a round: cohort, levels trained, accuracy, loss, worst clients, seconds, time left."""
     number = f"{metrics['round']:>{len(str(num_rounds))}}/{num_rounds}"
     levels = metrics.get("trained") or {}
-    order = level_names(f"accuracy-{name}" for name in levels)
     words = [f"round {number}", f"cohort {len(metrics.get('cohort') or ()):>2}"]
-    words += [" ".join(f"{name}:{levels[name]}" for name in order)] if levels else []
+    words += [_levels_trained(levels)] if levels else []
     words += [f"accuracy {percent(metrics.get('accuracy')):>6}", f"loss {_loss(metrics)}"]
     if "accuracy-worst-tenth" in metrics:
         words.append(f"worst tenth {percent(metrics['accuracy-worst-tenth']):>6}")
@@ -108,6 +109,14 @@ def round_line(metrics: Metrics, num_rounds: int, seconds: float, eta: float | N
     words.append(duration(seconds))
     words += [f"{duration(eta)} left"] if eta is not None else []
     return "  ".join(words)
+
+
+def _levels_trained(levels: Mapping[str, int]) -> str:
+    """How often each level was trained; of many (a ratio for each device) the smallest and the largest."""
+    order = level_names(f"accuracy-{name}" for name in levels)
+    if len(order) > _MANY_LEVELS:
+        return f"{order[-1]}..{order[0]}"
+    return " ".join(f"{name}:{levels[name]}" for name in order)
 
 
 def _loss(metrics: Metrics) -> str:
@@ -154,7 +163,9 @@ def plain_text(width: int, *renderables: Any) -> str:
 def _ordered(names: Sequence[str]) -> list[str]:
     """The largest model first, then the levels from small to large, then means over devices."""
     levels = [f"accuracy-{name}" for name in level_names(names)]
-    wanted = ["accuracy", *levels, *(name for name in _NAMES if name != "accuracy")]
+    known = [name for name in _NAMES if name != "accuracy"]
+    by_capability = sorted(n for n in names if n.startswith(f"accuracy-{_PERSONAL}") and n not in known)
+    wanted = ["accuracy", *levels, *known, *by_capability]
     return [name for name in wanted if name in names]
 
 
@@ -173,7 +184,9 @@ def _label(summary: Mapping[str, Any], name: str) -> str:
     """What a row of the accuracies is called."""
     if name == "accuracy-levels" and summary.get("headline-levels"):
         return f"mean of {', '.join(summary['headline-levels'])}"
-    return _NAMES.get(name, f"level {name.removeprefix('accuracy-')}")
+    level = name.removeprefix("accuracy-")
+    usual = f"personal, {level.removeprefix(_PERSONAL)}" if level.startswith(_PERSONAL) else f"level {level}"
+    return _NAMES.get(name, usual)
 
 
 def _new_table(first: str, columns: Sequence[str]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,9 +88,11 @@ class ClientTests:
         strategy = self._strategy
         for partition, device in strategy.devices.items():
             largest = strategy.largest_part(device, server_round)
-            if largest is None or not strategy.budget.tests(device, largest.submodel):
+            if largest is None:
                 continue
             own = self._held(partition, device, largest.submodel)
+            if own is None and not strategy.budget.tests(device, largest.submodel):
+                continue
             if own is not None and self.mode == "stored-local":
                 content = stored_model_content(server_round, {**strategy.transform, **strategy.base_of(partition)})
                 part = own
@@ -136,7 +139,7 @@ class ClientTests:
         macs = samples * strategy.task.macs(part)
         strategy.record.count_beside("test", device, macs, bytes_down, num_bytes(reply))
 
-    @property
+    @cached_property
     def _own_statistics(self) -> bool:
         """Whether clients run their training samples through their own models, for the norms' statistics."""
         task = self._strategy.task

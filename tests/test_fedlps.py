@@ -19,6 +19,7 @@ from flexfed.jobs import Task, Update
 from flexfed.methods.fedlps import FedLPSConfig, add_noise, pattern_scores, ranking_of, scores_from
 from flexfed.methods.fedlps_scores import (
     Rows,
+    ScoreLearner,
     Scores,
     adam_step,
     group_sizes,
@@ -33,6 +34,7 @@ from flexfed.methods.fedlps_scores import (
 from flexfed.networks import build_on_meta
 from flexfed.select import prefix_ratio, top
 from flexfed.submodel import Submodel, extract, flatten, full
+from flexfed.training import Training
 from flexfed.units import Layout, trace_layout
 from strategies.fedlps import FedLPS
 from strategies.record import RoundRecord
@@ -143,6 +145,27 @@ def test_the_regulariser_is_the_mean_over_a_layers_units() -> None:
     assert torch.allclose(found, values.grad, atol=1e-6)
     crossed = 2 / 8 * (values.detach()[3:] - targets[3:].mean())  # the released code's
     assert not torch.allclose(found[3:], crossed, atol=0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "shared-sgd"])
+@pytest.mark.parametrize("target", ["sigmoid-l1", "sigmoid-zscore-l1"])
+def test_a_learner_adds_the_weighed_regulariser_and_takes_its_optimisers_rate(optimizer: Any, target: Any) -> None:
+    layout, rng = columns(5), np.random.default_rng(15)
+    values, products, norms = (torch.tensor(rng.standard_normal(5), dtype=torch.float32) for _ in range(3))
+    knobs: dict[str, Any] = {"importance_weight": 3.0, "score_learning_rate": 0.2, "score_optimizer": optimizer}
+    config, active = FedLPSConfig(importance_target=target, **knobs), torch.tensor([True] * 4 + [False])
+    training = Training(0.9, momentum=0.5, weight_decay=0.1)
+    learner = ScoreLearner(scores_of(values), replace(task(), layout=layout, method=config, training=training), 0.3)
+    norms = norms.abs()
+    targets = score_targets(norms, active, layout, standardised=target == "sigmoid-zscore-l1")
+    first, parameter = 2 / 5 * 3 * (values - targets), values[:4].clone().requires_grad_()
+    sigmoid = torch.sigmoid(values)
+    parameter.grad = (first + sigmoid * (1 - sigmoid) * products)[:4]
+    sgd = torch.optim.SGD([parameter], 0.3, momentum=0.5, weight_decay=0.1)
+    (torch.optim.Adam([parameter], 0.2) if optimizer == "adam" else sgd).step()
+    learner.learn(products, norms, active, active)
+    assert torch.allclose(learner.scores.values[:4], parameter.detach(), atol=1e-4)
+    assert learner.scores.values[4] == values[4]
 
 
 # --- optimisers of the scores -------------------------------------------------------------------------------------

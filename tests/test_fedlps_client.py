@@ -117,11 +117,17 @@ class Spied(MaskedNetwork):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.masks: list[np.ndarray] = []
+        self.remembered = 0.0  # what the optimiser remembers of masked rows
         Spied.last = self
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         self.masks.append(self.units.copy())
         super().step(optimizer)
+        for name, parameter in self.model.named_parameters():
+            hidden = torch.from_numpy(rows_of(self._task.layout, name, ~self.units))
+            kinds = [m for m in optimizer.state[parameter].values() if m.shape == parameter.shape]
+            if parameter.ndim > 1 or self._task.method.mask_bias:
+                self.remembered += sum(float(m[hidden].abs().sum()) for m in kinds)
 
 
 def train_masked(b: Bench, scores: Scores, ratio: float) -> tuple[Spied, Trained, ScoreLearner]:
@@ -198,6 +204,7 @@ def test_units_masked_in_every_batch_keep_their_bits(
     assert len({mask.tobytes() for mask in network.masks}) == 1 if frozen else len(network.masks) > 1
     never, always = ~np.any(network.masks, axis=0), np.all(network.masks, axis=0)
     assert never.any()
+    assert network.remembered == 0
     for name in layout.shapes:
         before, after = b.arrays[name], trained.arrays[name]
         if mask_bias or before.ndim > 1:
@@ -234,6 +241,24 @@ def test_only_rows_of_the_last_mask_travel_though_others_were_trained(
         expected[still] = b.arrays[name][still]
         assert np.allclose(after, expected, atol=1e-6)
         assert after[still].tobytes() == b.arrays[name][still].tobytes()
+
+
+@pytest.mark.parametrize("mask_bias", [True, False])
+def test_a_masked_clients_own_model_is_what_its_last_mask_leaves(
+    mask_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedlps, "MaskedNetwork", Spied)
+    b = bench("vgg", mask_update="batch", mask_bias=mask_bias)
+    own = local_update(b.job(0.5, shuffled_scores(b.task.layout).arrays()), b.task, b.data).trained
+    assert own is not None
+    logits: list[Tensor] = []
+    network = Spied.last
+    network._task = replace(b.task, method=replace(b.task.method, mask_update="round"))  # the last mask stays
+    network.model.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
+    network.loss(network.model, *b.data.train)
+    found = b.task.network(own.arrays)(b.data.train.inputs)
+    assert torch.allclose(found, logits[0], atol=1e-4)
+    assert own.submodel == (Submodel(network.units) if mask_bias else full(b.task.layout))
 
 
 @pytest.mark.parametrize(
