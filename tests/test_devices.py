@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_availability_is_drawn_anew_every_round_and_alike_everywhere() -> None:
 
 
 def test_a_record_holds_all_of_a_device() -> None:
-    device = Device(3, "weak", 0.35, 0.05, 4e8, 1e7, True, (0.5, 1.0), 2e9, 1e5, 2e5, 3.0, 0.5, 120, (0, 4, 9))
+    device = Device(3, "weak", 0.35, 0.5, 0.05, 4e8, 1e7, True, (0.5, 1.0), 2e9, 1e5, 2e5, 3.0, 0.5, 120, (0, 4, 9))
     assert from_record(to_record(device)) == device
     assert from_record(to_record(Device(0))) == Device(0)
     assert "capacity-spread" in to_record(device)
@@ -100,10 +101,10 @@ def test_what_a_node_declares_wins_over_its_fleet() -> None:
 
 
 def test_what_a_node_says_of_its_memory_is_not_blurred_by_its_fleet() -> None:
-    device = Device(2, "weak", 0.35, 0.1, 1e9, 1e8, availability=(0.5, 1.0))
+    device = Device(2, "weak", 0.35, 0.5, 0.1, 1e9, 1e8, availability=(0.5, 1.0))
     told = declared(device, {"memory-bytes": 500_000_000, "measure-memory": True})
-    assert told == Device(2, "weak", 1.0, 0.0, 5e8, 0.0, measure_memory=True)
-    assert declared(device, {"memory-bytes": 5e8, "capacity": 0.5}) == Device(2, "weak", 0.5, 0.0, 5e8, 0.0)
+    assert told == Device(2, "weak", 1.0, math.inf, 0.0, 5e8, 0.0, measure_memory=True)
+    assert declared(device, {"memory-bytes": 5e8, "capacity": 0.5}) == Device(2, "weak", 0.5, math.inf, 0.0, 5e8, 0.0)
     assert declared(device, {"memory-bytes": 5e8, "memory-spread-bytes": 2e7}).memory_spread_bytes == 2e7
     for told in ({"speed-macs-s": 4e9}, {"capacity": 0.5}, {"measure-memory": True}):
         assert declared(device, told).availability == ()
@@ -216,7 +217,7 @@ def test_a_fleet_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(ROW + "capacity-spread = 0.2\nspeed-macs-s = 5e8\n")
     device = load_fleet(str(path)).device(0, 1, 0)
-    assert device == Device(0, "phone", 0.5, 0.2, speed_macs_s=5e8)
+    assert device == Device(0, "phone", 0.5, capacity_spread=0.2, speed_macs_s=5e8)
 
 
 @pytest.mark.parametrize(
