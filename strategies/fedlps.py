@@ -103,14 +103,16 @@ class FedLPS(WidthStrategy):
     # Replies ----------------------------------------------------------------------------------------------------
 
     def check(self, partition: int, update: Update) -> None:
-        """A ranking must be one.
+        """A ranking must be one, and come only where it is asked for.
 
         Raises:
-            ValueError: it is not, or it is missing.
+            ValueError: it is not, or it is missing, or nobody asked.
         """
         super().check(partition, update)
         if self._config.is_told and self._config.pattern == "learned":
             scores_from(self.task.layout, update.told.get("ranking", b""))
+        elif update.told:
+            raise ValueError(f"it tells {', '.join(update.told)}, which it was not asked for")
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Remember the ranking, and let the policy learn."""

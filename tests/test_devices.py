@@ -7,8 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import DIGITS
 
+from flexfed.budget import Budget
+from flexfed.config import Experiment
+from flexfed.data import load_server
 from flexfed.devices import FLEETS, Device, DeviceClass, Fleet, declared, from_record, load_fleet, to_record
+from flexfed.select import prefix_ratio
+from flexfed.submodel import Submodel, full
+from strategies import STRATEGIES
 
 NAMES = sorted(path.stem for path in FLEETS.glob("*.toml"))
 
@@ -32,6 +39,8 @@ def fleet(*shares: float) -> Fleet:
         ({"compute_watts": float("inf")}, "compute-watts must be >= 0"),
         ({"memory_bytes": 0.0}, "memory-bytes must be > 0, got 0.0"),
         ({"memory_bytes": float("nan")}, "memory-bytes must be > 0"),
+        ({"width": 0.0}, "device 7: width must be > 0, got 0.0"),
+        ({"width": float("nan")}, "width must be > 0"),
         ({"memory_spread_bytes": -1.0}, "memory-spread-bytes must be >= 0"),
         ({"availability": (0.5, 0.0)}, r"availability must lie in \(0, 1\], got \(0.5, 0.0\)"),
         ({"num_examples": -1}, "num-examples must be >= 0, got -1"),
@@ -78,6 +87,55 @@ def test_a_record_holds_all_of_a_device() -> None:
     assert from_record(to_record(device)) == device
     assert from_record(to_record(Device(0))) == Device(0)
     assert "capacity-spread" in to_record(device)
+
+
+def test_width_is_a_devices_own_measure() -> None:
+    """It swings with the device's power, it travels, and a node may tell it; one that was never told does not bind."""
+    device = Device(3, width=0.5, availability=(0.25, 1.0))
+    assert {d.width for d in device.states()} == {0.125, 0.5}
+    assert {device.in_round(r, 7).width for r in range(1, 30)} == {0.125, 0.5}
+    for server_round in range(1, 9):
+        now = device.in_round(server_round, 7)
+        assert now.width == 0.5 * now.capacity
+    assert Device(0, availability=(0.5,)).in_round(1, 7).width == np.inf
+    for width in (0.3, np.inf):
+        assert from_record(to_record(Device(1, width=width))).width == width
+    assert declared(device, {"width": 1}) == Device(3, width=1.0)
+    assert declared(device, {"capacity": 0.5}).width == 0.5
+    assert declared(device, {"kind": "pi"}).width == 0.5
+    assert declared(device, {"memory-bytes": 1e9}).width == np.inf
+    assert declared(device, {"memory-bytes": 1e9, "width": 0.25}).width == 0.25
+    for wrong, match in (({"width": "half"}, "width must be a number"), ({"width": -1.0}, "width must be > 0")):
+        with pytest.raises(ValueError, match=match):
+            declared(device, wrong)
+
+
+def test_a_narrow_device_gets_a_narrow_part() -> None:
+    """HeteroFL's level, and the budget's own question against counting units by hand."""
+    experiment = Experiment.read({"strategy": "heterofl"})
+    task = experiment.task(10, DIGITS)
+    made: Any = STRATEGIES["heterofl"](experiment, task, load_server(experiment.data))
+    ratios = (1, 0.5, 0.25, 0.125, 0.0625)
+    for width in (0.01, 0.0625, 0.1, 0.125, 0.25, 0.49, 0.5, 0.99, 1.0, 2.0, np.inf):
+        level = next((i for i, ratio in enumerate(ratios) if ratio <= width), 4)
+        assert made.level_of(Device(0, width=width)) == level
+        assert made.level_of(Device(0, capacity=0.02, width=width)) == max(level, 3)
+    budget, rng = Budget(task), np.random.default_rng(0)
+    answers = []
+    for _ in range(300):
+        width, ratio = float(rng.choice([0.07, 0.3, *rng.uniform(0.01, 1, 3)])), float(rng.uniform(0.01, 1))
+        units = prefix_ratio(task.layout, float(rng.choice([ratio, width]))).units.copy()
+        sizes = {"conv1": 16, "conv2": 32, "conv3": 64, "fc": 128}
+        if rng.random() < 0.3:
+            (span,) = [s for g, s in task.layout.groups.items() if len(s) == 32]
+            units[span.start : span.stop] = rng.random(32) < width
+        kept = [int(units[s.start : s.stop].sum()) for s in task.layout.groups.values() if len(s) in sizes.values()]
+        most = [max(1, int(np.ceil(size * width - 1e-9))) for size in sizes.values()]
+        answers.append(budget.is_narrow(Submodel(units), width))
+        assert answers[-1] == all(k <= m for k, m in zip(kept, most, strict=True))
+    assert 50 < sum(answers) < 250
+    assert budget.is_narrow(prefix_ratio(task.layout, 0.001), 1e-6), "one unit of each group is for everybody"
+    assert all(budget.is_narrow(full(task.layout), width) for width in (1.0, 3.0, np.inf))
 
 
 def test_records_that_are_no_device_are_refused() -> None:
@@ -191,11 +249,13 @@ def test_the_papers_fleets_are_what_the_papers_say() -> None:
     fixed = [load_fleet("fedlps-fixed").device(p, 50, 1) for p in range(50)]
     levels = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0]
     assert [d.capacity for d in fixed] == [level for level in levels for _ in range(10)]
+    assert [d.width for d in fixed] == [d.capacity for d in fixed]
     assert [2 * d.speed_macs_s / 1e6 for d in fixed[::10]] == [46528, 93056, 186112, 372224, 744448]
     dynamic = load_fleet("fedlps").device(0, 50, 1)
     for device in (dynamic, *fixed):  # megabytes of 2^20
         assert (device.link_bytes_s / 2**20, device.download_bytes_s / 2**20) == pytest.approx((14.0, 110.6))
     assert {dynamic.in_round(r, 1).capacity for r in range(1, 100)} == set(levels)
+    assert all(d.width == d.capacity for d in dynamic.states())
     assert dynamic.in_round(1, 1).speed_macs_s == 372.224e9 * dynamic.in_round(1, 1).capacity
     boards = load_fleet("boards")
     assert boards.counts(17) == [4, 10, 3]
@@ -215,8 +275,10 @@ ROW = '[[class]]\nkind = "phone"\nshare = 1.0\ncapacity = 0.5\n'
 
 def test_a_fleet_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(ROW + "capacity-spread = 0.2\nspeed-macs-s = 5e8\n")
+    path.write_text(ROW + "width = 0.4\ncapacity-spread = 0.2\nspeed-macs-s = 5e8\n")
     device = load_fleet(str(path)).device(0, 1, 0)
+    assert device.width == 0.4
+    device = replace(device, width=np.inf)
     assert device == Device(0, "phone", 0.5, capacity_spread=0.2, speed_macs_s=5e8)
 
 
@@ -225,6 +287,8 @@ def test_a_fleet_of_ones_own(tmp_path: Path) -> None:
     [
         ("", "sum to 1"),
         ('[[class]]\nkind = "phone"\n', "needs kind and share and may have .*; got kind"),
+        (ROW + "width = 0\n", "width must be > 0, got 0"),
+        (ROW + 'width = "half"\n', "class 'phone': width must be a number, got 'half'"),
         (ROW + "colour = 3\n", "mine.toml: a \\[\\[class\\]\\] needs"),
         (ROW.replace("0.5", "0.0"), "capacity must be > 0"),
         (ROW.replace("0.5", '"much"'), "capacity"),

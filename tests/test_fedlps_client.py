@@ -537,6 +537,17 @@ def private_state(run: Path, partition: int, server_round: int) -> Arrays:
     return load_state(run / "clients" / f"{partition:06d}", server_round)
 
 
+def test_a_ranking_that_nobody_asked_for_is_refused(tmp_path: Path) -> None:
+    def tell(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "train" and partition == 1:
+            reply.content["told"] = ConfigRecord({"ranking": b"xyz"})
+        return reply
+
+    run = run_toy(tmp_path, "fedlps", {"fedlps.share-ranking": False, "num-server-rounds": 2}, alter=tell)
+    for line in lines(run):
+        assert line["refused"] == [{"partition": 1, "reason": "it tells ranking, which it was not asked for"}]
+
+
 def test_without_a_shared_ranking_clients_choose_as_the_server_would_have(tmp_path: Path) -> None:
     shared = {"num-server-rounds": 3, "fedlps.score-learning-rate": 0.5, "ratio-policy": "fixed"}
     ears = Overheard(), Overheard()

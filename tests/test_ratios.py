@@ -188,7 +188,7 @@ def test_two_replies_are_never_credited_to_one_pull() -> None:
 
 
 def test_a_client_is_compared_with_its_own_best() -> None:
-    policy = OneBanditEach("p-ucbv", BanditConfig(num_arms=2), 7, 25.0)
+    policy = OneBanditEach("p-ucbv", BanditConfig(num_arms=2, drop=1.0), 7, 25.0)
     for accuracy in (0.8, 0.6):
         for partition in (0, 1):
             policy.choose(partition, 1.0, 1)
@@ -211,9 +211,9 @@ def test_the_horizon_is_how_often_a_client_will_be_asked(rounds: int, fraction: 
 
 
 def fleet_of(rng: np.random.Generator) -> dict[int, Device]:
-    told = {p: (float(rng.uniform(0.02, 1.4)), float(rng.choice([math.inf, rng.uniform(0.02, 1)]))) for p in range(8)}
+    told = {p: (float(rng.uniform(0.02, 1.4)), float(rng.choice([math.inf, rng.uniform(0.02, 1)]))) for p in range(5)}
     devices = {p: Device(p, capacity=c, width=w, num_examples=36) for p, (c, w) in told.items()}
-    return {**devices, 8: Device(8, num_examples=36), 9: Device(9, capacity=0.004, num_examples=36)}
+    return {**devices, 5: Device(5, num_examples=36), 6: Device(6, capacity=0.004, num_examples=36)}
 
 
 @pytest.mark.parametrize("cap", ["clip", "relative"])
@@ -227,7 +227,7 @@ def test_no_job_is_larger_than_its_devices_cap(strategy: str, policy: str, cap: 
     layout, below = made.task.layout, 0
     whole = num_parameters(layout, full(layout))
     made.devices = devices
-    for server_round in range(1, 7):
+    for server_round in range(1, 5):
         for partition, job in made.assign(server_round, devices, rng).items():
             device = devices[partition]
             most = made.cap_of(device)
@@ -326,7 +326,12 @@ def test_the_reward_is_that_of_the_replies(strategy: str, reference: float, tmp_
             seen.setdefault(partition, []).append((told["train-accuracy"], 2e-6 * told["macs"], megabytes))
         return reply
 
-    knobs = {"bandit.cap": "relative", "bandit.baseline": "zero", "bandit.reference-mflops": reference}
+    knobs = {
+        "bandit.cap": "relative",
+        "bandit.baseline": "zero",
+        "bandit.drop": 1.0,
+        "bandit.reference-mflops": reference,
+    }
     values = {**SMALL, **knobs, "num-server-rounds": 2, "ratio-policy": "p-ucbv", "fleet": "flexfl"}
     state = bandit_state(run_toy(tmp_path, strategy, values, clients=4, alter=listen))
     assert state["bandit/partition"].tolist() == [0, 1, 2, 3]
@@ -346,15 +351,11 @@ def test_the_reward_is_that_of_the_replies(strategy: str, reference: float, tmp_
 
 
 def cap_by_hand(task: Task, capacity: float, strategy: str) -> float:
-    if strategy == "flexfl":
-        made = server("flexfl", {0: Device(0)}, ratio_policy="budget")
-        parts = {k: made.part_at(k / 64, 1) for k in range(1, 65)}
-    else:
-        parts = {
-            k: prefix_ratio(task.layout, k / 64, "floor" if strategy == "fedlps" else "ceil") for k in range(1, 65)
-        }
-    whole = num_parameters(task.layout, full(task.layout))
-    return max(k for k, part in parts.items() if num_parameters(task.layout, part) <= capacity * whole) / 64
+    if strategy == "flexfl":  # tests/test_budget.py has its oracle
+        return float(server("flexfl", {0: Device(0)}, ratio_policy="budget").cap_of(Device(0, capacity=capacity)))
+    rounding: Any = "floor" if strategy == "fedlps" else "ceil"
+    numbers = {k: num_parameters(task.layout, prefix_ratio(task.layout, k / 64, rounding)) for k in range(1, 65)}
+    return max(k for k, num in numbers.items() if num <= capacity * numbers[64]) / 64
 
 
 IMPOSSIBLE: list[dict[str, Any]] = [
@@ -407,7 +408,7 @@ def test_only_policies_that_learn_ask_what_a_job_brought() -> None:
     server("heterofl", {0: Device(0)}, ratio_policy="level").check(0, update)
     for metrics in ({"train-accuracy": 0.0, "macs": 0.0}, {"train-accuracy": 1.0, "macs": 1.0}):
         server("heterofl", {0: Device(0)}, ratio_policy="p-ucbv").check(0, replace(update, metrics=metrics))
-    with pytest.raises(ValueError, match="got -1.0 and -1.0"):
+    with pytest.raises(ValueError, match=r"got -1\.0 and -1\.0"):
         server("heterofl", {0: Device(0)}, ratio_policy="p-ucbv").check(0, update)
 
 

@@ -122,6 +122,42 @@ def lines_of(rounds, **facts):
     return [" ".join(line.split()) for line in final_table(summarise(rounds, {**FACTS, **facts}), rounds).splitlines()]
 
 
+PERSONAL = {
+    "clients-personal": 4,
+    "accuracy-personal": 0.71,
+    "accuracy-personal-worst-tenth": 0.31,
+    "accuracy-personal-weak": 0.61,
+    "accuracy-personal-0.25": 0.51,
+    "modelled-seconds-training": 20.0,
+}
+
+
+def test_personal_models_are_rows_and_no_levels():
+    rounds = [{**line, **PERSONAL} for line in ROUNDS]
+    assert level_names(rounds[0]) == ["S", "L"]
+    lines = lines_of(rounds)
+    assert any(line.startswith("personal models 71.0 % 71.0 % 71.0 %") for line in lines)
+    assert not any(line.startswith(("level personal", "level 0.25", "level weak")) for line in lines)
+    assert any(line.startswith("level S 70.0 %") for line in lines)
+    assert any(line.startswith("of it, training 60 s") for line in lines)
+    assert not any(line.startswith("personal") for line in lines_of(ROUNDS))
+    assert [curve.label for curve in curves(rounds)][:2] == ["level S", "level L"]
+
+
+def test_rows_of_personal_models_follow_the_means():
+    lines = lines_of([{**line, **PERSONAL} for line in ROUNDS])
+    rows = [line.split(" %")[0].rsplit(" ", 1)[0] for line in lines if line.count(" %") == 3]
+    assert rows[:3] == ["largest model reported", "level S", "level L"]
+    assert rows[-4:] == ["personal models", "worst tenth of them", "personal, 0.25", "personal, weak"]
+
+
+def test_round_lines_do_not_mind_personal_models():
+    assert round_line({**ROUNDS[0], **PERSONAL}, 30, 2.34) == round_line(ROUNDS[0], 30, 2.34)
+    ratios = {"0.50": 1, "0.75": 2, "0.9": 1}
+    line = round_line({"round": 1, "cohort": [0, 1, 2, 3], "trained": ratios, **PERSONAL}, 5, 0.1)
+    assert "0.9:1 0.75:2 0.50:1" in line
+
+
 def test_final_table_says_which_model_and_how_large():
     lines = lines_of(ROUNDS, parameters=57706)
     assert "flexfl · digits · cnn · seed 1 · 3 rounds · 57,706 parameters" in lines

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 from remembering import CLIENTS, NAME, registered
-from toy import QUICK, ROOT, InProcessGrid, failure, lines, run_toy, toy_config, with_difference
+from toy import QUICK, ROOT, InProcessGrid, failure, lines, run_toy, same_bits, toy_config, with_difference
 
 import client_app
 import server_app
@@ -110,6 +110,39 @@ def test_law_9_killed_and_resumed_is_never_killed(strategy: str, tmp_path: Path,
     left = killed_run(tmp_path, {"strategy": strategy}, "after it", 2)
     assert go_on(left) == left
     assert same_run(left, whole(strategy))
+
+
+PERSONAL = {
+    "fedlps": {"strategy": "fedlps", "fraction-train": 0.5},
+    "heterofl": {"strategy": "heterofl", "ratio-policy": "p-ucbv", "personal": "stored-local", "fraction-train": 0.5},
+    "flexfl": {"strategy": "flexfl", "ratio-policy": "p-ucbv", "flexfl.scores": "0.4, 0.5, 0.6, 0.7"},
+}
+SMALL = {"partition": "shards", "shard-size": 20, "test-per-label": 8, "batch-size": 8, "seed": 2, "fleet": "equal"}
+
+
+@pytest.mark.parametrize("case", PERSONAL)
+def test_law_9_with_bandits_and_models_of_the_clients_own(case: str, tmp_path: Path) -> None:
+    """A client that rests in the last round tests what it trained before the kill."""
+    values = {**SMALL, **PERSONAL[case]}
+    never = run(tmp_path / "never", values)
+    left = killed_run(tmp_path / "killed", values, "after it", 2)
+    found = load_checkpoint(left / "checkpoint")
+    assert found is not None
+    seen = sorted({partition for line in lines(left) for partition in line["cohort"]})
+    assert found.state["bandit/partition"].tolist() == seen
+    assert 0 < found.state["bandit/count"].sum() <= sum(len(line["cohort"]) for line in lines(left))
+    if case != "flexfl":
+        assert found.state["personal/partitions"].tolist() == seen
+        assert len(found.state["personal/units"]) == len(seen)
+        assert set(seen) - set(lines(never)[2]["cohort"]), "one rests"
+        assert lines(never)[2]["clients-personal"] == CLIENTS
+    if case == "fedlps":
+        assert found.state["ranking/partitions"].tolist() == seen
+    go_on(left)
+    assert same_run(left, never)
+    states = [load_checkpoint(folder / "checkpoint") for folder in (left, never)]
+    one, other = ({k: v for k, v in state.state.items() if isinstance(v, np.ndarray)} for state in states if state)
+    assert same_bits(one, other)
 
 
 @pytest.mark.parametrize("where", ["before its line", "before its checkpoint", "after it"])
