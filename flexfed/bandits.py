@@ -43,7 +43,7 @@ class BanditConfig:
     method: ClassVar[str] = "bandit"
 
     profile: Literal["sweep", "aligned"] = "sweep"  # try each arm once first (ours); or start with a reward of 0 each
-    cap: Literal["clip", "relative"] = "clip"  # cut arms off at the device's cap, as released; or multiply by the cap
+    cap: Literal["clip", "relative"] = "clip"  # cut arms off at the device's cap; or multiply by the cap (both ours)
     low: float = 0.5  # least ratio of the arms
     high: float = 1.0
     num_arms: int = 5  # at the start

@@ -38,7 +38,7 @@ class Settings:
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         ratio_policy: how much of the model a device gets: the level of the method that it holds ('level'), the most
             that its 'budget' allows, in steps of 1/64, or what a bandit makes of that (`flexfed.bandits`); 'own' =
-            what its paper has: p-ucbv for FedLPS, else level.
+            the method's default: p-ucbv for FedLPS, else level.
         personal: which models of their own all clients test in every evaluation: what each trained last
             ('stored-local'), its units of the global model ('global-masked'), or 'none'; 'own' = stored-local for
             FedLPS, else none.

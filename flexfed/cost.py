@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,9 +53,71 @@ def message_bytes(layout: Layout, submodel: Submodel) -> int:
 def forward_macs(factory: Factory, layout: Layout, submodel: Submodel, input_shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of one sample's forward pass, counted by torch on `meta` (it counts two FLOPs for each).
 
-    Convolutions and matrix products count; norms, activations and pooling do not, as is usual.
+    Convolutions and matrix products count; norms, activations and pooling do not, as is usual. Where all of the full
+    network's products are those of its layers, a part's follow from how often each weight is used.
     """
-    return _forward_macs(factory, tuple(narrow_shapes(layout, submodel).items()), input_shape)
+    shapes = narrow_shapes(layout, submodel)
+    uses = _weight_uses(factory, tuple(layout.shapes.items()), input_shape) if submodel.keys is None else None
+    if uses is None:
+        return _forward_macs(factory, tuple(shapes.items()), input_shape)
+    return sum(n * math.prod(shapes[name]) for name, n in uses.items())
+
+
+class LayerUse(NamedTuple):
+    """How one sample's forward pass uses a convolution or linear layer.
+
+    Attributes:
+        weight_uses: how often each of its weights is used.
+        bias_uses: and each of its biases.
+        axis: of the weight, on which the outputs stand.
+    """
+
+    weight_uses: int
+    bias_uses: int
+    axis: int
+
+
+@lru_cache(maxsize=16)
+def layer_uses(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...]) -> dict[str, LayerUse]:
+    """The uses of every such layer, by its name; the same for all widths of a network. Found on `meta`."""
+    model = network_on_meta(factory, shapes)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | torch.nn.Linear)}
+    numbers_in: Counter[str] = Counter()
+    numbers_out: Counter[str] = Counter()
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            numbers_in[name] += inputs[0].numel()
+            numbers_out[name] += output.numel()
+
+        return note
+
+    for name, module in layers.items():
+        module.register_forward_hook(watch(name))
+    samples = 2  # batch norm needs more than one
+    with torch.no_grad():
+        model(torch.zeros(samples, *input_shape, device="meta"))
+    numbers = {name: (numbers_in[name] // samples, numbers_out[name] // samples) for name in layers}
+    return {name: _layer_use(module, *numbers[name]) for name, module in layers.items()}
+
+
+def _layer_use(module: torch.nn.Module, num_in: int, num_out: int) -> LayerUse:
+    """From the numbers that go in and come out for one sample, in all of its calls."""
+    shape: torch.Size = module.weight.shape  # type: ignore[assignment]
+    axis = int(isinstance(module, _ConvTransposeNd))
+    places = num_out // shape[axis]
+    return LayerUse(num_in // shape[0] if axis else places, places, axis)
+
+
+@lru_cache(maxsize=16)
+def _weight_uses(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...]) -> dict[str, int] | None:
+    """How often each weight is used; None where the network multiplies outside of such layers, too."""
+    weights = {f"{n}.weight" if n else "weight": u for n, u in layer_uses(factory, shapes, input_shape).items()}
+    known = dict(shapes)
+    total = sum(use.weight_uses * math.prod(known[name]) for name, use in weights.items() if name in known)
+    whole = _forward_macs(factory, shapes, input_shape)
+    all_known = weights.keys() <= known.keys() and total == whole
+    return {name: use.weight_uses for name, use in weights.items()} if all_known else None
 
 
 @lru_cache(maxsize=256)

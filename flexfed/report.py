@@ -67,9 +67,11 @@ def scaled(number: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the unit that suits them: "4.2 s", "12 min", "3.5 h"."""
+    """Seconds in the unit that suits them: "302 ms", "4.2 s", "12 min", "3.5 h"."""
     if seconds is None:
         return "-"
+    if 0 < seconds < 0.995:
+        return f"{scaled(1000 * seconds)} ms"
     if seconds < 99.5:
         return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

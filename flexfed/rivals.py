@@ -15,7 +15,7 @@ from flexfed.bandits import COUNT, MEAN, PUCBV, ArmBandit, Bandit, Draws, betwee
 
 
 class Fixed(Bandit):
-    """Always `bandit.ratio`, or the cap where that is less; learns nothing."""
+    """Always `bandit.ratio`: of the network where the cap allows that ("clip"), or of the cap ("relative")."""
 
     def _choose(self, cap: float, draws: Draws) -> tuple[float, int, bool]:
         return min(cap, self.config.ratio), 0, False

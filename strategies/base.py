@@ -30,15 +30,22 @@ from flexfed.flower.messages import (
     to_array,
     to_record_of_arrays,
 )
-from flexfed.jobs import Assignment, Scalar, Task
+from flexfed.jobs import Assignment, Scalar, Task, Update
 from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
-from flexfed.units import Arrays
+from flexfed.units import Arrays, Layout
 from strategies.method import MethodStrategy
 from strategies.record import RoundRecord
 from strategies.testing import ClientTests
 
 log = logging.getLogger("flwr")
+
+
+PARTS_KEPT = 8
+"""Extracted parts held at a time: levels are few, and clients that have a part each would fill the memory."""
+
+MOST_MACS = 1e18
+"""A reply that claims more is not believed: a year's work of the fastest machines."""
 
 
 class RunOver(Exception):
@@ -83,6 +90,7 @@ class SubmodelStrategy(MethodStrategy):
         self.record = RoundRecord(0)
         self.asked = self.accepted = 0  # jobs and valid replies of the whole run
         self._assigned: Mapping[int, Assignment] = {}
+        self._replied: set[int] = set()  # whose reply of this round counts
         self._statistics: Mapping[str, Statistics | None] = {}
         self._resumed = resumed
         self._begun = False
@@ -121,6 +129,7 @@ class SubmodelStrategy(MethodStrategy):
             self.begin(self._arrays)
         rng = np.random.default_rng([self.settings.seed, server_round])
         self.devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
+        self._replied = set()
         self._assigned = dict(sorted(self.assign(server_round, self.devices, rng).items()))
         self.asked += len(self._assigned)
         self.record.dispatched = {p: a.level for p, a in self._assigned.items()}
@@ -198,11 +207,18 @@ class SubmodelStrategy(MethodStrategy):
         return int(np.random.SeedSequence([self.settings.seed, server_round, partition]).generate_state(1)[0])
 
     def part(self, parts: dict[bytes, Array], submodel: Submodel) -> Array:
-        """A part of the global model for the wire, extracted once for each distinct submodel in `parts`."""
-        key = submodel.key
+        """A part of the global model for the wire, extracted once for all that need it.
+
+        Args:
+            parts: those of this round that were needed last: where every client has its own, no more may be held.
+            submodel: which.
+        """
+        layout, key = self.task.layout, submodel.key
         if key not in parts:
-            layout = self.task.layout
             parts[key] = to_array(flatten(layout, submodel, extract(layout, submodel, self._arrays)))
+        parts[key] = parts.pop(key)  # the last one needed is the last to go
+        if len(parts) > PARTS_KEPT:
+            del parts[next(iter(parts))]
         return parts[key]
 
     def aggregate_train(
@@ -222,7 +238,7 @@ class SubmodelStrategy(MethodStrategy):
                     self._note(self.record.refused, partition, str(cause))
             del reply
         if not averager.num_replies:
-            why = "no valid reply" if self._assigned else "no device qualifies"
+            why = "no valid reply" if self.record.dispatched else "no device qualifies"
             log.warning("round %s: %s; the model stays as it was", server_round, why)
             return None, None
         self.accepted += averager.num_replies
@@ -232,16 +248,18 @@ class SubmodelStrategy(MethodStrategy):
     def _fold(self, averager: Averager, server_round: int, partition: int, reply: Message) -> None:
         update = read_update(reply.content, self.task.layout)
         assignment = self._assigned.get(partition)
-        if assignment is None:
-            raise ValueError("it was sent no job this round")
+        if assignment is None or partition in self._replied:
+            raise ValueError("it was sent no job this round, or has replied already")
         if not within(update.submodel, assignment.submodel):
             raise ValueError("it claims units or tensors that it was never sent")
         level = self.level_trained(assignment, update)
         told = self.devices[partition].num_examples
         if update.weight > told:
             raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
-        self.check(partition, update)
+        refuse_impossible(self.task.layout, assignment.submodel, update)
+        self.check(assignment, update)
         averager.add(update.submodel, update.difference, self.weigh(update))
+        self._replied.add(partition)
         self.record.count(self.devices[partition], level, update, num_bytes(reply))
         if update.metrics.get("kept-state"):
             self._private_rounds[partition] = server_round
@@ -299,3 +317,18 @@ class SubmodelStrategy(MethodStrategy):
         if reached(line, self.settings.stop_at_accuracy):
             raise RunOver
         return None
+
+
+def refuse_impossible(layout: Layout, sent: Submodel, update: Update) -> None:
+    """Stop at a reply that no client can have meant.
+
+    Raises:
+        ValueError: it holds nothing of a group that was sent, or tells of work that cannot be.
+    """
+    for group, span in layout.groups.items():
+        here = slice(span.start, span.stop)
+        if sent.units[here].any() and not update.submodel.units[here].any():
+            raise ValueError(f"it holds no unit of group {group!r}")
+    macs, seconds = update.metrics.get("macs", 0.0), update.metrics.get("seconds", 0.0)
+    if not (0 <= macs <= MOST_MACS and seconds >= 0):
+        raise ValueError(f"macs of a reply must lie in [0, {MOST_MACS:.0e}] and seconds be >= 0, got {macs}, {seconds}")

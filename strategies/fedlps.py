@@ -9,10 +9,10 @@ import numpy as np
 from torch import nn
 
 from flexfed.checkpoint import State
-from flexfed.cost import modelled_seconds
+from flexfed.cost import modelled_seconds, num_parameters
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Update
-from flexfed.methods.fedlps import FedLPSConfig, add_noise, pattern_scores, scores_from
+from flexfed.methods.fedlps import FedLPSConfig, add_noise, model_norms, ranked_scores, scores_from
 from flexfed.methods.fedlps_cost import (
     download_bits_dense,
     flops_nnz,
@@ -21,7 +21,7 @@ from flexfed.methods.fedlps_cost import (
     upload_bits_row_sparse,
 )
 from flexfed.networks import build_on_meta
-from flexfed.select import prefix_ratio, top
+from flexfed.select import kept_units, prefix_ratio, top
 from flexfed.submodel import Submodel, full
 from flexfed.units import Arrays
 from strategies.widths import WidthStrategy
@@ -39,6 +39,12 @@ class FedLPS(WidthStrategy):
         self.per = "total" if self._config.normalise == "all" else "coverage"
         self._rankings: dict[int, bytes] = {}  # partition -> the order of its units, as it last told
         self._accounts: list[dict[str, float]] = []  # of this round's replies
+        self._measured: tuple[Arrays, np.ndarray] | None = None  # a global model, and its units' norms
+        if self.settings.personal == "global-masked" and not self._config.mask_bias:
+            raise ValueError(
+                "personal='global-masked' needs masked units to be silent: leave fedlps.mask-bias=true, or choose "
+                "'stored-local'"
+            )
 
     @property
     def _config(self) -> FedLPSConfig:
@@ -93,8 +99,16 @@ class FedLPS(WidthStrategy):
         config = self._config
         rng = np.random.default_rng([self.settings.seed, server_round, partition, 5])
         ranking = b"" if config.score_reset else self._rankings.get(partition, b"")
-        scores = pattern_scores(config.pattern, self.task.layout, self._skeleton, self.arrays, ranking, rng)
+        scores = (
+            self._norms() if config.pattern == "magnitude" else ranked_scores(config, self.task.layout, ranking, rng)
+        )
         return top(self.task.layout, scores, ratio, "floor")
+
+    def _norms(self) -> np.ndarray:
+        """L1 norms of the global model's units, once for each model."""
+        if self._measured is None or self._measured[0] is not self.arrays:
+            self._measured = self.arrays, model_norms(self.task.layout, self._skeleton, self.arrays)
+        return self._measured[1]
 
     @cached_property
     def _skeleton(self) -> nn.Module:
@@ -102,17 +116,34 @@ class FedLPS(WidthStrategy):
 
     # Replies ----------------------------------------------------------------------------------------------------
 
-    def check(self, partition: int, update: Update) -> None:
-        """A ranking must be one, and come only where it is asked for.
+    def check(self, assignment: Assignment, update: Update) -> None:
+        """As many units as were asked for, and a ranking that is one, only where it is asked for.
 
         Raises:
-            ValueError: it is not, or it is missing, or nobody asked.
+            ValueError: other units or another cut, or a ranking that is none, is missing, or that nobody asked for.
         """
-        super().check(partition, update)
+        super().check(assignment, update)
+        if not self._is_asked(assignment, update.submodel):
+            raise ValueError("it holds other units than it was asked to train, or other rows of them")
         if self._config.is_told and self._config.pattern == "learned":
             scores_from(self.task.layout, update.told.get("ranking", b""))
         elif update.told:
             raise ValueError(f"it tells {', '.join(update.told)}, which it was not asked for")
+
+    def _is_asked(self, assignment: Assignment, held: Submodel) -> bool:
+        """Where clients choose the units themselves, the server knows only how many, and of which axes."""
+        config, layout = self._config, self.task.layout
+        if config.is_told:
+            return held == assignment.submodel
+        ratio = float(str(assignment.config["ratio"]))
+        counts = {g: kept_units(ratio, len(s), "floor") for g, s in layout.groups.items() if g not in layout.fixed}
+        spans = {group: layout.groups[group] for group in counts}
+        cut = ("rows" if config.mask_bias else "weight-rows") if config.is_masked else "all"
+        return (
+            held.cut == cut
+            and bool(held.units[layout.fixed_units].all())
+            and all(held.units[s.start : s.stop].sum() == counts[group] for group, s in spans.items())
+        )
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Remember the ranking, and let the policy learn."""
@@ -141,6 +172,24 @@ class FedLPS(WidthStrategy):
         accounts, self._accounts = self._accounts, []
         sums = {key: sum(a[key] for a in accounts) for key in ("flops-nnz", "flops-structural", "bits-up-row-sparse")}
         return {**sums, "modelled-seconds-nnz": max((a["modelled-seconds-nnz"] for a in accounts), default=0.0)}
+
+    def can_hold(self, device: Device, own: Submodel, server_round: int) -> bool:
+        """Whether it is no larger than the device's capability allows, whichever its units."""
+        cap = self.cap_of(device)
+        if cap is None:
+            return False
+        if not self._config.mask_bias:  # the device holds the whole network anyway
+            return self.budget.tests(device, own)
+        limit = self.budget.share(self.part_at(cap, server_round))
+        return num_parameters(self.task.layout, own) <= limit * self._size + 0.5 and self.budget.tests(device, own)
+
+    @cached_property
+    def _size(self) -> int:
+        return num_parameters(self.task.layout, full(self.task.layout))
+
+    def kept_units(self, update: Update) -> np.ndarray:
+        """Where masked units are not silent, a client's own model is the whole network, with zero rows."""
+        return super().kept_units(update) if self._config.mask_bias else full(self.task.layout).units
 
     def weigh(self, update: Update) -> float:
         """Uniform, or by examples."""

@@ -106,15 +106,23 @@ class MethodStrategy(Strategy):
         ]
         return max(fitting, key=lambda name: self.budget.share(levels[name]), default=None)
 
-    def check(self, partition: int, update: Update) -> None:
-        """Refuse a reply, before any of it counts, that the method could not learn from.
+    def check(self, assignment: Assignment, update: Update) -> None:
+        """Refuse a reply, before any of it counts, that the method could not learn from. Nothing may raise later.
 
         Raises:
             ValueError: says why.
         """
+        if update.submodel.keys != assignment.submodel.keys or update.submodel.masks:
+            raise ValueError("it leaves out whole tensors, or single entries")
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Learn from an accepted reply (bandits, votes, masks)."""
+
+    def can_hold(self, device: Device, own: Submodel, server_round: int) -> bool:
+        """Whether a device may test, in this round, the part that it trained last: none larger than it would get."""
+        largest = self.largest_part(device, server_round)
+        fits = largest is not None and self.budget.share(own) <= self.budget.share(largest.submodel) + 1e-9
+        return fits and self.budget.tests(device, own)
 
     def kept_units(self, update: Update) -> np.ndarray:
         """Units of the part that the client trained, outputs included that its reply left out: its own model."""

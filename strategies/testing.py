@@ -87,26 +87,28 @@ class ClientTests:
     def _of_personal_models(self, server_round: int) -> Iterator[Message]:
         strategy = self._strategy
         for partition, device in strategy.devices.items():
-            largest = strategy.largest_part(device, server_round)
-            if largest is None:
-                continue
-            own = self._held(partition, device, largest.submodel)
-            if own is None and not strategy.budget.tests(device, largest.submodel):
+            own = self._held(partition, device, server_round)
+            part = own or self._fallback(device, server_round)
+            if part is None:
                 continue
             if own is not None and self.mode == "stored-local":
                 content = stored_model_content(server_round, {**strategy.transform, **strategy.base_of(partition)})
-                part = own
             else:
-                part = own or largest.submodel
                 content = self._part_content(Assignment(part, "personal"), server_round, {"personal": True})
             yield self._message(True, partition, part, content, server_round)
 
-    def _held(self, partition: int, device: Device, largest: Submodel) -> Submodel | None:
+    def _held(self, partition: int, device: Device, server_round: int) -> Submodel | None:
         """The part that a client trained last, if its device can hold it in this round."""
         if partition not in self._kept:
             return None
-        own, budget = Submodel(self._kept[partition]), self._strategy.budget
-        return own if budget.share(own) <= budget.share(largest) + 1e-9 and budget.tests(device, own) else None
+        own = Submodel(self._kept[partition])
+        return own if self._strategy.can_hold(device, own, server_round) else None
+
+    def _fallback(self, device: Device, server_round: int) -> Submodel | None:
+        """The largest part that a device can train, if it can test that."""
+        largest = self._strategy.largest_part(device, server_round)
+        testable = largest is not None and self._strategy.budget.tests(device, largest.submodel)
+        return largest.submodel if largest is not None and testable else None
 
     def _part_content(self, assignment: Assignment, server_round: int, extra: Mapping[str, Any]) -> Any:
         part = self._strategy.part(self._parts, assignment.submodel)
@@ -128,8 +130,8 @@ class ClientTests:
         strategy, result = self._strategy, read_evaluation(reply)
         personal = is_personal(reply)
         if (personal, partition) not in self._sent:
-            raise ValueError("it was not asked to test that")
-        part, bytes_down = self._sent[personal, partition]
+            raise ValueError("it was not asked to test that, or has replied already")
+        part, bytes_down = self._sent.pop((personal, partition))
         device, samples = strategy.devices[partition], result.num_samples
         if personal:
             strategy.record.personal.append((self.group_of(partition), result))

@@ -25,6 +25,7 @@ class WidthStrategy(SubmodelStrategy):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # A run that is given more rounds later goes on with a longer horizon.
         horizon = self.settings.num_server_rounds * self.settings.fraction_train
         self.policy = ratio_policy(
             self.settings.ratio_policy, self.experiment.bandit, self.settings.seed, max(1.0, horizon)
@@ -72,25 +73,29 @@ class WidthStrategy(SubmodelStrategy):
         return cap
 
     @cached_property
-    def _caps(self) -> dict[Device, float | None]:
+    def _caps(self) -> dict[tuple[float, ...], float | None]:
         return {}
 
     def cap_of(self, device: Device) -> float | None:
         """The largest ratio that a device can train; parts cost the same in every round."""
-        if device not in self._caps:
-            self._caps[device] = self.largest_ratio(device)
-        return self._caps[device]
+        power: tuple[float, ...] = (device.capacity, device.width, device.memory_bytes)
+        if self.settings.round_deadline:
+            power += (device.speed_macs_s, device.link_bytes_s, device.download_bytes_s, device.num_examples)
+        if power not in self._caps:
+            self._caps[power] = self.largest_ratio(device)
+        return self._caps[power]
 
     def largest_ratio(self, device: Device) -> float | None:
         """Here the largest in the device's budget; None = none."""
         return self.budget.largest(device, lambda ratio: self.part_at(ratio, 1))
 
-    def check(self, partition: int, update: Update) -> None:
+    def check(self, assignment: Assignment, update: Update) -> None:
         """A reply says how accurate the client was, and what that took: a policy learns from both.
 
         Raises:
             ValueError: it does not, or not as numbers that can be.
         """
+        super().check(assignment, update)
         accuracy, macs = (update.metrics.get(key, -1.0) for key in ("train-accuracy", "macs"))
         if self.policy is not None and not (0 <= accuracy <= 1 and macs >= 0):
             raise ValueError(

@@ -15,8 +15,8 @@ from toy import DIGITS, Decoder, Ties, random_arrays, same_bits, toy_task
 from flexfed.averaging import Averager
 from flexfed.config import Experiment
 from flexfed.devices import Device
-from flexfed.jobs import Task, Update
-from flexfed.methods.fedlps import FedLPSConfig, add_noise, pattern_scores, ranking_of, scores_from
+from flexfed.jobs import Assignment, Task, Update
+from flexfed.methods.fedlps import FedLPSConfig, add_noise, model_norms, ranked_scores, ranking_of, scores_from
 from flexfed.methods.fedlps_scores import (
     Rows,
     ScoreLearner,
@@ -342,7 +342,9 @@ def test_a_group_too_large_for_a_ranking_is_named() -> None:
 
 def picked(pattern: Any, network: Any, name: str, arrays: Any, ranking: bytes = b"", seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return pattern_scores(pattern, traced(name), build_on_meta(network), arrays, ranking, rng)
+    if pattern == "magnitude":
+        return model_norms(traced(name), build_on_meta(network), arrays)
+    return ranked_scores(FedLPSConfig(pattern=pattern), traced(name), ranking, rng)
 
 
 def test_magnitude_picks_the_largest_rows_of_the_global_model() -> None:
@@ -410,21 +412,46 @@ def test_aggregation(cut: Any, knobs: dict[str, Any], mean: list[list[float]]) -
     assert found[2].tolist() == [3, 3]
 
 
-def reply(ranking: bytes | None) -> Update:
+def reply(ranking: bytes | None, submodel: Submodel | None = None) -> Update:
     metrics = {"train-accuracy": 0.5, "macs": 1.0}
     told = {} if ranking is None else {"ranking": ranking}
-    return Update(full(task().layout), np.zeros(0, dtype=np.float32), 1.0, metrics, told=told)
+    return Update(submodel or full(task().layout), np.zeros(0, dtype=np.float32), 1.0, metrics, told=told)
+
+
+def job(ratio: float = 1.0, submodel: Submodel | None = None) -> Assignment:
+    return Assignment(submodel or full(task().layout), f"{ratio:.2f}", {"ratio": ratio})
 
 
 def test_a_reply_must_rank_where_the_server_chooses_by_it() -> None:
     layout = task().layout
     good = ranking_of(layout, np.zeros(layout.num_units))
-    server().check(0, reply(good))
+    server().check(job(), reply(good))
     for bad in (None, b"", good[:-2], good[:2] + good[:-2]):
         with pytest.raises(ValueError, match="a ranking"):
-            server().check(0, reply(bad))
-    for knobs in ({"share_ranking": False}, {"pattern": "random"}, {"mask_update": "batch"}):
-        server(**knobs).check(0, reply(None))
+            server().check(job(), reply(bad))
+    for knobs in ({"share_ranking": False}, {"pattern": "random"}):
+        server(**knobs).check(job(), reply(None))
+
+
+def test_a_reply_must_hold_what_its_client_was_asked_to_train() -> None:
+    layout = task().layout
+    ranking, half = ranking_of(layout, np.zeros(layout.num_units)), prefix_ratio(layout, 0.5, "floor")
+    other = top(layout, np.arange(layout.num_units, dtype=float), 0.5, "floor")
+    fewer = prefix_ratio(layout, 0.25, "floor")
+    rows, weights = replace(other, cut="rows"), replace(other, cut="weight-rows")
+    without = replace(other, units=other.units & ~layout.fixed_units)
+    everything = full(layout)
+    for knobs, told, sent, right, wrong in (
+        ({}, ranking, half, [half], [other, fewer, rows]),
+        ({"share_ranking": False}, None, everything, [half, other], [fewer, rows, without, everything]),
+        ({"mask_update": "batch"}, None, everything, [rows], [other, weights, replace(fewer, cut="rows")]),
+        ({"mask_bias": False}, None, everything, [weights], [other, rows]),
+    ):
+        for held in right:
+            server(**knobs).check(job(0.5, sent), reply(told, held))
+        for held in [*wrong, replace(right[0], keys=frozenset(layout.shapes))]:
+            with pytest.raises(ValueError, match=r"other units than it was asked|leaves out whole tensors"):
+                server(**knobs).check(job(0.5, sent), reply(told, held))
 
 
 def test_the_server_keeps_the_last_ranking_of_each_client_for_its_next_part() -> None:

@@ -18,7 +18,6 @@ from torch.nn import functional
 from toy import (
     DIGITS,
     QUICK,
-    InProcessGrid,
     by_hand,
     failure,
     lines,
@@ -38,6 +37,7 @@ from flexfed.config import Experiment
 from flexfed.cost import message_bytes, num_parameters
 from flexfed.data import ClientData, load_client, load_server
 from flexfed.devices import Device, load_fleet
+from flexfed.flower.grid import InProcessGrid
 from flexfed.flower.messages import from_array
 from flexfed.jobs import Part, Task, Update
 from flexfed.personal import evaluate_personal, model_state, stored_model
@@ -428,7 +428,7 @@ def ask(strategy: Any, server_round: int) -> dict[int, Submodel | None]:
         sent = "arrays" in message.content
         partition = partitions[message.metadata.dst_node_id]
         assert partition not in asked
-        asked[partition] = unpack(strategy.task.layout, message.content["submodel"]) if sent else None  # type: ignore[arg-type]
+        asked[partition] = unpack(strategy.task.layout, message.content["submodel"]) if sent else None
     return asked
 
 
@@ -458,10 +458,10 @@ def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> b
     if "memory" in over or policy != "level":
         return name == "fedavg" and "memory" not in over
     if name in ("heterofl", "fedrolex"):
-        return part.units.sum() == prefix_ratio(layout, strategy.task.method.ratios[-1]).units.sum()
+        return widths(layout, part) == widths(layout, prefix_ratio(layout, strategy.task.method.ratios[-1]))
     if name == "flexfl":
         (level,) = [i for i, pool in enumerate(strategy.levels().values()) if pool == part]
-        return level == 0 or strategy.task.method.level_targets[level] <= device.capacity + 1e-9
+        return level == 0 or bool(strategy.task.method.level_targets[level] <= device.capacity + 1e-9)
     return name in ("fedavg", "small")
 
 

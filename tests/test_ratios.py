@@ -239,7 +239,7 @@ def test_no_job_is_larger_than_its_devices_cap(strategy: str, policy: str, cap: 
             below += ratio < most
             metrics = {"train-accuracy": float(rng.random()), "macs": 1e6 * ratio}
             update = Update(job.submodel, np.zeros(0, dtype=np.float32), 1.0, metrics)
-            WidthStrategy.check(made, partition, update)
+            WidthStrategy.check(made, job, update)
             WidthStrategy.observe(made, server_round, partition, update)
     assert (below > 0) == (policy != "budget")
 
@@ -247,8 +247,7 @@ def test_no_job_is_larger_than_its_devices_cap(strategy: str, policy: str, cap: 
 def ratio_of(job: Assignment, made: Any) -> float:
     if "ratio" in job.config:
         return float(str(job.config["ratio"]))
-    found = [ratio for ratio, part in made._parts.items() if part == job.submodel]  # FlexFL's own level, or its part
-    return min(found)
+    return min(float(r) for r, part in made._parts.items() if part == job.submodel)  # FlexFL names no ratio
 
 
 def test_ratios_are_rounded_down_to_64ths() -> None:
@@ -393,8 +392,9 @@ def test_impossible_replies_are_refused_told_and_neither_averaged_nor_credited(t
     for partition, change in enumerate(IMPOSSIBLE):
         (value,) = change.values()
         finite = value is None or math.isfinite(value)
-        expected = "a reply should tell train-accuracy, a fraction in [0, 1], and macs; got" if finite else "finite"
-        assert expected in reasons[partition]
+        told = "a reply should tell train-accuracy, a fraction in [0, 1], and macs; got"
+        expected = (told, "macs of a reply must lie in [0, 1e+18]") if finite else ("finite",)
+        assert any(reason in reasons[partition] for reason in expected), reasons[partition]
     assert sum(line["trained"].values()) == 1
     assert same_bits(final_model(refused), final_model(failed))
     state = bandit_state(refused)
@@ -405,11 +405,12 @@ def test_impossible_replies_are_refused_told_and_neither_averaged_nor_credited(t
 
 def test_only_policies_that_learn_ask_what_a_job_brought() -> None:
     update = Update(full(toy_task().layout), np.zeros(0, dtype=np.float32), 1.0, {})
-    server("heterofl", {0: Device(0)}, ratio_policy="level").check(0, update)
+    job = Assignment(full(toy_task().layout), "1", {"ratio": 1.0})
+    server("heterofl", {0: Device(0)}, ratio_policy="level").check(job, update)
     for metrics in ({"train-accuracy": 0.0, "macs": 0.0}, {"train-accuracy": 1.0, "macs": 1.0}):
-        server("heterofl", {0: Device(0)}, ratio_policy="p-ucbv").check(0, replace(update, metrics=metrics))
+        server("heterofl", {0: Device(0)}, ratio_policy="p-ucbv").check(job, replace(update, metrics=metrics))
     with pytest.raises(ValueError, match=r"got -1\.0 and -1\.0"):
-        server("heterofl", {0: Device(0)}, ratio_policy="p-ucbv").check(0, update)
+        server("heterofl", {0: Device(0)}, ratio_policy="p-ucbv").check(job, update)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------

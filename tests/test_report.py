@@ -51,7 +51,7 @@ def test_round_line_says_all_of_it():
 
 
 def test_round_line_of_an_empty_round():
-    assert round_line({"round": 2, "cohort": []}, 5, 0.1) == "round 2/5  cohort  0  accuracy      -  loss -  0.1 s"
+    assert round_line({"round": 2, "cohort": []}, 5, 0.1) == "round 2/5  cohort  0  accuracy      -  loss -  100 ms"
     assert "loss 0.700" in round_line({"round": 2, "train-loss": 0.7}, 5, 0.1)
     assert "loss -" in round_line({"round": 2, "loss": None}, 5, 0.1)
 
@@ -66,6 +66,7 @@ def test_scaled(number, text):
 
 def test_small_formats():
     assert [duration(x) for x in (4.24, 45, 720, 12600)] == ["4.2 s", "45 s", "12 min", "3.5 h"]
+    assert [duration(x) for x in (0.302, 0.00424, 0.0, 0.999)] == ["302 ms", "4.24 ms", "0.0 s", "1.0 s"]
     assert [percent(0.9125), percent(None), points(-0.021), points(None)] == ["91.2 %", "-", "-2.1", "-"]
     assert [duration(None), scaled(None)] == ["-", "-"]
 

@@ -31,11 +31,12 @@ import strategies.base
 from flexfed.averaging import Averager
 from flexfed.batchnorm import apply_statistics
 from flexfed.config import Experiment
+from flexfed.cost import num_parameters
 from flexfed.data import DataConfig, load_server, normalisation, normalise
 from flexfed.flower.grid import InProcessGrid
 from flexfed.flower.messages import code_fingerprint, to_record_of_arrays
 from flexfed.methods import METHODS
-from flexfed.submodel import full, pack
+from flexfed.submodel import Submodel, full, pack, unpack
 from flexfed.training import evaluate
 
 VICTIM = 1
@@ -118,12 +119,37 @@ def one_unit_less(_: Message, reply: Message) -> Message:
     layout = toy_task().layout
     units = np.unpackbits(np.frombuffer(reply.content.config_records["submodel"]["units"], dtype=np.uint8))  # type: ignore[arg-type]
     units[np.flatnonzero(units[:240])[-1]] = 0
-    from flexfed.cost import num_parameters
-    from flexfed.submodel import Submodel
-
     less = Submodel(units[: layout.num_units].astype(bool))
     reply.content["submodel"] = ConfigRecord(pack(less))  # type: ignore[arg-type]
     return with_difference(reply, lambda _: np.zeros(num_parameters(layout, less), dtype=np.float32))
+
+
+def claimed(change: Callable[[Submodel], Submodel]) -> Callable[[Message, Message], Message]:
+    """Another submodel than what was trained, with numbers that fit it."""
+
+    def alter(_: Message, reply: Message) -> Message:
+        layout = toy_task().layout
+        submodel = change(unpack(layout, dict(reply.content.config_records["submodel"])))  # type: ignore[arg-type]
+        reply.content["submodel"] = ConfigRecord(pack(submodel))  # type: ignore[arg-type]
+        return with_difference(reply, lambda _: np.ones(num_parameters(layout, submodel), dtype=np.float32))
+
+    return alter
+
+
+def without_a_group(submodel: Submodel) -> Submodel:
+    span, units = toy_task().layout.groups["conv2"], submodel.units.copy()
+    units[span.start : span.stop] = False
+    return Submodel(units, cut=submodel.cut)
+
+
+def one_other_unit(submodel: Submodel) -> Submodel:
+    span, units = toy_task().layout.groups["conv1"], submodel.units.copy()
+    units[span.start + int(units[span.start : span.stop].argmax())] = False
+    return Submodel(units)
+
+
+def every_tensor_named(submodel: Submodel) -> Submodel:
+    return replace(submodel, keys=frozenset(toy_task().layout.shapes))
 
 
 FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message], str]] = {
@@ -148,6 +174,13 @@ FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message], str]] = {
     "bits": ("fedavg", put("submodel", ConfigRecord({"units": b"\1"})), "units of a submodel should be 32 bytes"),
     "text": ("fedavg", put("submodel", ConfigRecord({"units": "all"})), "what it tells besides, must be bytes"),
     "never sent": ("heterofl", everything, "claims units or tensors that it was never sent"),
+    "nothing of a group": ("fedavg", claimed(without_a_group), "it holds no unit of group 'conv2'"),
+    "nothing of a group, own models": ("fedlps", claimed(without_a_group), "it holds no unit of group 'conv2'"),
+    "other units": ("fedlps", claimed(one_other_unit), "it holds other units than it was asked to train"),
+    "tensors named": ("fedavg", claimed(every_tensor_named), "it leaves out whole tensors, or single entries"),
+    "work without end": ("fedavg", metrics(macs=1.7e308), r"macs of a reply must lie in \[0, 1e\+18\]"),
+    "work below 0": ("fedavg", metrics(macs=-1.0), "macs of a reply must lie in"),
+    "time below 0": ("fedavg", metrics(seconds=-1.0), "seconds be >= 0, got 1.0, -1.0"),
     "no level": ("flexfl", one_unit_less, "its units are those of no level"),
 }
 

@@ -17,8 +17,8 @@ class Method:
         prefix: of their keys in the configuration.
         local_update: its work on the client.
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
-        ratio_policy: the one that its paper has.
-        personal: how its paper tests personal models.
+        ratio_policy: its default.
+        personal: by default, which models of their own its clients test.
     """
 
     config: type

@@ -4,8 +4,8 @@
 Zhuotao Liu, Jingyuan Wang, ICDE 2025, arXiv 2412.07216). A client keeps a score for each unit
 (`flexfed.methods.fedlps_scores`); the units with the highest scores of each layer are its submodel; the server adds
 up the differences of all clients' kept units. How many units is P-UCBV's choice (`flexfed.bandits`), and any other
-`ratio-policy` works: "fixed" with `bandit.ratio = 0.5` is the ablation FLST, "level" (as many as the device's
-capability) is RCR.
+`ratio-policy` works: "fixed" with `bandit.ratio = 0.5` is the ablation FLST (with `bandit.cap = "clip"`: the ratio is
+0.5 where a device can hold that), "level" (as many as the device's capability) is RCR.
 
 The paper's text could not be obtained: what follows its abstract and its released code. The code differs from the
 abstract in several places; these defaults are a corrected algorithm, not the authors' (the switches that come near
@@ -25,6 +25,12 @@ the code are named):
   of inputs that were dropped.
 - Where channels are tied (residual sums), they share one score.
 - The proximal term, off by default, is a guess: whether the paper has it is not known.
+- The bandit's reward counts multiply-accumulates of the network that was trained. Under `mask-update = "batch"` that
+  is the whole network whatever the ratio, where the code counts the rows that are not masked.
+- Replies tell the accuracy during training, as in the code, and none on validation samples: clients test their own
+  models in every evaluation.
+- A client whose device is too weak for its own model in some round tests a part of the global one that it can hold:
+  its best units by the ranking it told, or the first ones where it told none.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from flexfed.cost import part_bytes
 from flexfed.jobs import Job, Part, Task, Trained, Update, make_update, require_memory, shrink, train_network
 from flexfed.methods.fedlps_masked import MaskedNetwork
 from flexfed.methods.fedlps_scores import Rows, ScoreLearner, Scores, initial_scores, kept_scores, unit_norms
@@ -184,27 +191,32 @@ def _cut_groups(layout: Layout) -> dict[str, range]:
     return {group: span for group, span in layout.groups.items() if group not in layout.fixed}
 
 
-def pattern_scores(
-    pattern: Pattern, layout: Layout, model: nn.Module, arrays: Arrays, ranking: bytes, rng: np.random.Generator
-) -> np.ndarray:
-    """What a pattern sorts units by, (num_units,).
+def ranked_scores(config: FedLPSConfig, layout: Layout, ranking: bytes, rng: np.random.Generator) -> np.ndarray:
+    """What units are sorted by without looking at the model, (num_units,).
 
     Args:
-        pattern: see `FedLPSConfig`.
+        config: its pattern counts.
         layout: the network's numbering.
-        model: the network, on `meta`: its modules tell which axis holds a layer's outputs.
-        arrays: the global model.
         ranking: what the client told last; empty = nothing yet, so the first units, as its first scores are sorted.
         rng: of this client and round.
     """
-    if pattern == "random":
+    if config.pattern == "random":
         return rng.random(layout.num_units)
-    if pattern == "magnitude":
-        rows = Rows(layout, full(layout), model, vectors=False)
-        return unit_norms(rows, {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}).numpy()
-    if pattern == "learned" and ranking:
+    if config.pattern == "learned" and ranking:
         return scores_from(layout, ranking)
     return np.zeros(layout.num_units)
+
+
+def model_norms(layout: Layout, model: nn.Module, arrays: Arrays) -> np.ndarray:
+    """L1 norms of a full model's units, (num_units,): what the pattern "magnitude" sorts by.
+
+    Args:
+        layout: the network's numbering.
+        model: the network, on `meta`: its modules tell which axis holds a layer's outputs.
+        arrays: the model.
+    """
+    rows = Rows(layout, full(layout), model, vectors=False)
+    return unit_norms(rows, {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}).numpy()
 
 
 def add_noise(arrays: Arrays, deviation: float, rng: np.random.Generator) -> Arrays:
@@ -284,7 +296,8 @@ def _train_narrow(
 
 def _masked_update(job: Job, task: Task, data: ClientData, learner: ScoreLearner, weight: float) -> Update:
     """The whole network under masks; the rows that the last mask kept are sent."""
-    require_memory(job.device, full(task.layout), task.memory_to_train)
+    copies = 4 * part_bytes(task.layout, full(task.layout))  # masked weights, their gradients, and what is put back
+    require_memory(job.device, full(task.layout), lambda part: task.memory_to_train(part) + copies)
     config: FedLPSConfig = task.method
     network = MaskedNetwork(task, job.arrays, learner, float(str(job.config["ratio"])))
     trained = train_network(network.model, job, task, data.train, network.loss, network.step)

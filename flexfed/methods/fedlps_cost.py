@@ -12,19 +12,15 @@ knows its own five. Recurrent layers are refused, not counted without the length
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from flexfed.cost import BACKWARD_FACTOR, network_on_meta, num_parameters
-from flexfed.networks import Factory
+from flexfed.cost import BACKWARD_FACTOR, LayerUse, layer_uses, num_parameters
+from flexfed.networks import Factory, build_on_meta
 from flexfed.submodel import Cut, Submodel, full, narrow_shapes
 from flexfed.units import Layout
 
@@ -62,13 +58,14 @@ def flops_nnz(
     Raises:
         ValueError: the network has a layer that is not counted, or the submodel is no plain set of units.
     """
-    units = _plain(submodel).units
+    units, shapes = _plain(submodel).units, dict(layout.shapes)
     found = {}
-    for layer in _layers(factory, tuple(layout.shapes.items()), input_shape):
-        rows = layer.units(layout)
-        nnz = math.prod(layer.shape) // len(rows) * int(units[rows].sum())
+    for name, use in _uses(factory, layout, input_shape).items():
+        weight, bias = _tensors(name)
+        rows = _outputs(layout, weight, use)
+        nnz = math.prod(shapes[weight]) // len(rows) * int(units[rows].sum())
         masked = int((~layout.fixed_units[rows]).sum()) if mask_overhead else 0
-        found[layer.name] = layer.flops(nnz, batch_size) + masked
+        found[name] = _flops(nnz, math.prod(shapes.get(bias, (0,))), use, batch_size) + masked
     return found
 
 
@@ -80,9 +77,33 @@ def flops_structural(
     Without its biases it is twice the multiply-accumulates that `flexfed.cost.forward_macs` counts for each sample.
     Arguments, result and errors are those of `flops_nnz`.
     """
-    shapes = tuple(narrow_shapes(layout, _plain(submodel)).items())
-    layers = _layers(factory, shapes, input_shape)
-    return {layer.name: layer.flops(math.prod(layer.shape), batch_size) for layer in layers}
+    shapes = narrow_shapes(layout, _plain(submodel))
+    found = {}
+    for name, use in _uses(factory, layout, input_shape).items():
+        weight, bias = _tensors(name)
+        found[name] = _flops(math.prod(shapes[weight]), math.prod(shapes.get(bias, (0,))), use, batch_size)
+    return found
+
+
+def _flops(nnz: int, num_biases: int, use: LayerUse, batch_size: int) -> int:
+    """Operations on a batch when the weight has `nnz` entries: a product and a sum for each, a sum a bias."""
+    return batch_size * (2 * nnz * use.weight_uses + num_biases * use.bias_uses)
+
+
+def _tensors(layer: str) -> tuple[str, str]:
+    return (f"{layer}.weight", f"{layer}.bias") if layer else ("weight", "bias")
+
+
+def _outputs(layout: Layout, weight: str, use: LayerUse) -> np.ndarray:
+    """The unit of each output of a full layer."""
+    units = layout.axes[weight][use.axis]
+    assert units is not None, "layouts number the outputs of every such layer"
+    return units
+
+
+def _uses(factory: Factory, layout: Layout, input_shape: tuple[int, ...]) -> dict[str, LayerUse]:
+    _refuse_uncounted(factory)
+    return layer_uses(factory, tuple(layout.shapes.items()), input_shape)
 
 
 def training_flops(forward: int) -> int:
@@ -95,73 +116,14 @@ def round_flops(forward: int, num_examples: int, batch_size: int, local_epochs: 
     return local_epochs * math.ceil(num_examples / batch_size) * training_flops(forward)
 
 
-class _Layer(NamedTuple):
-    """A convolution or linear layer, and how often one sample's forward pass uses each entry of its tensors."""
-
-    name: str
-    shape: tuple[int, ...]  # of its weight
-    axis: int  # of its weight, on which its outputs stand
-    num_biases: int
-    weight_uses: int
-    bias_uses: int
-
-    def flops(self, nnz: int, batch_size: int) -> int:
-        """Operations on a batch when the weight has `nnz` entries: a product and a sum for each, a sum a bias."""
-        return batch_size * (2 * nnz * self.weight_uses + self.num_biases * self.bias_uses)
-
-    def units(self, layout: Layout) -> np.ndarray:
-        """The unit of each output of the full layer."""
-        units = layout.axes[f"{self.name}.weight" if self.name else "weight"][self.axis]
-        assert units is not None, "layouts number the outputs of every such layer"
-        return units
-
-
-@lru_cache(maxsize=256)
-def _layers(
-    factory: Factory, shapes: tuple[tuple[str, tuple[int, ...]], ...], input_shape: tuple[int, ...]
-) -> tuple[_Layer, ...]:
-    """The layers that a forward pass runs through, found by running one on `meta`."""
-    model = network_on_meta(factory, shapes)
-    _refuse_uncounted(model)
-    multiplying = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-    numbers_in: Counter[str] = Counter()
-    numbers_out: Counter[str] = Counter()
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            numbers_in[name] += inputs[0].numel()
-            numbers_out[name] += output.numel()
-
-        return note
-
-    for name, module in multiplying.items():
-        module.register_forward_hook(watch(name))
-    samples = 2  # batch norm needs more than one
-    with torch.no_grad():
-        model(torch.zeros(samples, *input_shape, device="meta"))
-    return tuple(
-        _layer(name, module, numbers_in[name] // samples, numbers_out[name] // samples)
-        for name, module in multiplying.items()
-    )
-
-
-def _layer(name: str, module: nn.Module, num_in: int, num_out: int) -> _Layer:
-    """A layer from the numbers that go in and come out for one sample."""
-    transposed = isinstance(module, _ConvTransposeNd)
-    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
-    axis = int(transposed)
-    num_biases = 0 if module.bias is None else module.bias.numel()  # type: ignore[operator]
-    places = num_out // shape[axis]
-    return _Layer(name, shape, axis, num_biases, num_in // shape[0] if transposed else places, places)
-
-
-def _refuse_uncounted(model: nn.Module) -> None:
+@lru_cache(maxsize=16)
+def _refuse_uncounted(factory: Factory) -> None:
     """Stop at a layer whose products would be missing.
 
     Raises:
         ValueError: names it.
     """
-    for name, module in model.named_modules():
+    for name, module in build_on_meta(factory).named_modules():
         known = isinstance(module, _ConvNd | nn.Linear | nn.Embedding)
         if not known and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
             raise ValueError(

@@ -45,7 +45,9 @@ class MaskedNetwork:
         self._task = task
         self._learner = learner
         self._ratio = ratio
-        self._start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        prox = task.method.prox
+        self._start = {name: p.detach().clone() for name, p in self.model.named_parameters()} if prox else {}
+        self._axes = {name: p.ndim for name, p in self.model.named_parameters()}
         self._rows = Rows(task.layout, full(task.layout), self.model, vectors=task.method.mask_bias)
         self._effective: dict[str, Tensor] = {}
         for name, (axis, _) in self._rows.places.items():
@@ -90,7 +92,7 @@ class MaskedNetwork:
     def _row_mask(self, name: str) -> Tensor:
         """Bool, broadcast over all axes but the first."""
         _, units = self._rows.places[name]
-        return self._active[units].view(-1, *[1] * (self._start[name].ndim - 1))
+        return self._active[units].view(-1, *[1] * (self._axes[name] - 1))
 
     def _entry_mask(self, name: str) -> Tensor:
         """Bool, entries that may move in this batch."""
