@@ -491,6 +491,23 @@ def test_no_more_than_the_limit_is_sent_and_not_folded(
     assert 1 < most <= 3
 
 
+def test_few_parts_are_held_where_every_client_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    part = strategies.base.SubmodelStrategy.part
+
+    def counted(self: Any, parts: dict[bytes, Array], submodel: Submodel) -> Array:
+        found = part(self, parts, submodel)
+        held.append(len(parts))
+        assert parts[submodel.key] is found
+        return found
+
+    monkeypatch.setattr(strategies.base.SubmodelStrategy, "part", counted)
+    values = {"fedlps.pattern": "random", "ratio-policy": "fixed", "personal": "global-masked", "fleet": "equal"}
+    run_toy(tmp_path, "fedlps", values, clients=12)
+    assert len(held) == 24  # jobs and tests
+    assert max(held) == strategies.base.PARTS_KEPT
+
+
 def test_replies_are_dropped_once_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
     aggregate = strategies.base.SubmodelStrategy.aggregate_train
