@@ -18,6 +18,7 @@ from torch.nn import functional
 from toy import (
     DIGITS,
     QUICK,
+    as_message,
     by_hand,
     failure,
     lines,
@@ -38,7 +39,7 @@ from flexfed.cost import message_bytes, num_parameters
 from flexfed.data import ClientData, load_client, load_server
 from flexfed.devices import Device, load_fleet
 from flexfed.flower.grid import InProcessGrid
-from flexfed.flower.messages import from_array
+from flexfed.flower.messages import evaluation_content, from_array
 from flexfed.jobs import Part, Task, Update
 from flexfed.personal import evaluate_personal, model_state, stored_model
 from flexfed.ratios import unpack_bandits
@@ -214,6 +215,7 @@ STORED: dict[str, tuple[str, dict[str, Any]]] = {
     "fedlps": ("fedlps", {}),
     "fedlps, untold": ("fedlps", {"fedlps.share-ranking": False}),
     "fedlps, masked": ("fedlps", {"fedlps.mask-update": "batch"}),
+    "fedlps, biases left": ("fedlps", {"fedlps.mask-bias": False}),
     "no norms": ("fedlps", {"model": "test_personal:plain"}),
     "norms of the batch": ("heterofl", {"batch-norm": "batch"}),
 }
@@ -256,7 +258,7 @@ def test_what_a_client_reports_is_the_accuracy_of_the_part_it_trained_last(
     assert not any(line["failed"] or line["refused"] for line in lines(run))
 
 
-@pytest.mark.parametrize("case", [c for c in STORED if c != "fedlps, masked"])
+@pytest.mark.parametrize("case", [c for c in STORED if c not in ("fedlps, masked", "fedlps, biases left")])
 def test_what_a_client_keeps_is_what_it_trained_last_and_whole(
     case: str, stored: Callable[[str], tuple[Path, Spy]]
 ) -> None:
@@ -349,7 +351,7 @@ def test_every_client_counts_once_and_groups_are_the_kinds(stored: Callable[[str
 
 def test_what_tests_cost_is_counted(stored: Callable[[str], tuple[Path, Spy]]) -> None:
     """Test samples, and the training samples that the norms' statistics come from, if there are any."""
-    for case, statistics in (("fedlps", 36), ("no norms", 0), ("norms of the batch", 0)):
+    for case, statistics in (("fedlps", 36), ("fedlps, biases left", 36), ("no norms", 0), ("norms of the batch", 0)):
         run, spy = stored(case)
         for line in lines(run):
             now = [t for t in spy.tested if t.server_round == line["round"]]
@@ -646,6 +648,21 @@ def test_an_impossible_test_is_left_out_and_told(change: dict[str, Any], tmp_pat
     (line,) = lines(run)
     assert [found["partition"] for found in line["failed"]] == [1]
     assert line["clients-personal"] == 2
+
+
+def test_a_test_counts_once_and_only_where_it_was_asked_for() -> None:
+    devices = {0: Device(0, num_examples=36), 1: Device(1, memory_bytes=1e6, num_examples=36)}
+    chosen = server("heterofl", devices, personal="stored-local")
+    assert list(ask(chosen, 1)) == [0]
+    reply = as_message(evaluation_content(Evaluation(3, 1.0, 4), True))
+    chosen.tests.read(0, reply)
+    for partition in (0, 1, -1):
+        with pytest.raises(ValueError, match="it was not asked to test that"):
+            chosen.tests.read(partition, reply)
+    assert chosen.record.line()["clients-personal"] == 1
+    assert chosen.record.line()["accuracy-personal"] == 0.75
+    ask(chosen, 2)
+    chosen.tests.read(0, reply)
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------
