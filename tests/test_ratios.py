@@ -250,6 +250,27 @@ def ratio_of(job: Assignment, made: Any) -> float:
     return min(float(r) for r, part in made._parts.items() if part == job.submodel)  # FlexFL names no ratio
 
 
+def test_caps_that_are_remembered_are_each_devices_own() -> None:
+    """Whatever sets a device apart from one that was asked about before."""
+    base = Device(0, speed_macs_s=1e8, link_bytes_s=1e6, download_bytes_s=1e6, num_examples=36)
+    others: list[dict[str, Any]] = [
+        {"capacity": 0.4},
+        {"width": 0.3},
+        {"memory_bytes": 28_600_000.0},
+        {"speed_macs_s": 1e7},
+        {"link_bytes_s": 2e4},
+        {"download_bytes_s": 2e4},
+        {"num_examples": 3600},
+    ]
+    made = server("heterofl", {0: base}, ratio_policy="budget", round_deadline=6.0)
+    assert made.cap_of(base) == 1
+    for other in others:
+        device = replace(base, **other)
+        fresh = server("heterofl", {0: base}, ratio_policy="budget", round_deadline=6.0)
+        assert made.cap_of(device) == fresh.cap_of(device) != 1, other
+        assert made.cap_of(replace(device, partition=3)) == fresh.cap_of(device)
+
+
 def test_ratios_are_rounded_down_to_64ths() -> None:
     made = server("heterofl", {0: Device(0)}, ratio_policy="uniform")
     given = [1.0, 0.999, 0.5, 0.5 - 1e-12, 0.51, 1 / 64, 0.001, 33 / 64 + 1e-4]
