@@ -187,7 +187,7 @@ def test_compose_refuses_what_does_not_fit(layout: Layout) -> None:
         compose(few, Submodel(everything, frozenset({"fc.weight"})))
     assert compose(few, Submodel(everything)).keys == few.keys
     masked = Submodel(everything, masks={"fc.bias": np.ones(3, dtype=bool)})
-    with pytest.raises(ValueError, match="masks of single entries, cannot be composed"):
+    with pytest.raises(ValueError, match="masks of single entries cannot be composed"):
         compose(outer, masked)
 
 
