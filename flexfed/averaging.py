@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -214,11 +214,13 @@ class Averager:
 
     def _count_covers(self) -> None:
         """Turn the block of remembered replies into counts, so that memory does not grow with their number."""
+        weights = np.stack([w * s.units for s, w in self._covers]).astype(np.float32) if self._covers else None
         for name in self._layout.shapes:
-            held = [(s, w) for s, w in self._covers if s.holds(name)]
-            if held:
-                count = self._coverage(name, [(w * s.units, s) for s, w in held])
-                for s, w in held:
+            held = [row for row, (s, _) in enumerate(self._covers) if s.holds(name)]
+            if weights is not None and held:
+                covers = [self._covers[row] for row in held]
+                count = self._coverage(name, weights[held], [s for s, _ in covers])
+                for s, w in covers:
                     if name in s.masks:
                         count = self._without_masked(name, count, s, w)
                 self._counted[name] = self._counted.get(name, 0) + count
@@ -230,24 +232,38 @@ class Averager:
         add_at(torch.from_numpy(count), positions(self._layout, submodel, name), absent, -weight)
         return count
 
-    def _coverage(self, name: str, rows: list[tuple[np.ndarray, Submodel]]) -> np.ndarray:
+    def _coverage(self, name: str, weights: np.ndarray, submodels: list[Submodel]) -> np.ndarray:
         """Weight that covers each (first axis, second axis) pair of a tensor: a product of two small matrices.
 
         Args:
             name: the tensor.
-            rows: for each kind of reply the weight of every unit, and what it holds.
+            weights: float32, for each kind of reply the weight of every unit; 0 = not there.
+            submodels: what each kind holds.
         """
         axes, shape = self._layout.axes[name], self._layout.shapes[name]
         if not axes:
-            return np.asarray(sum(weights.max() for weights, _ in rows), dtype=np.float32)
+            return np.asarray(weights.max(axis=1).sum(), dtype=np.float32)
+        cut = [axes_cut(self._layout, submodel, name) for submodel in submodels]
+
+        def along(i: int, weigh: bool) -> np.ndarray:
+            """Each kind along one axis: its weight, or 1, where it is present, else 0."""
+            values = weights if weigh else (weights > 0).astype(np.float32)
+            whole, units = values.max(axis=1, keepdims=True), axes[i]
+            if units is None:
+                return np.repeat(whole, shape[i], axis=1)
+            found = values[:, units]
+            for row, own in enumerate(cut):
+                if own[i] is None:
+                    found[row] = whole[row]
+            return np.asarray(found)
+
         # Only outputs differ in weight within a kind, so the axis that holds them carries the weights.
         outputs_second = len(axes) > 1 and axes[1] is not None and bool(self._outputs[axes[1]].any())
-        cuts = [(axes_cut(self._layout, submodel, name), weights, submodel.units) for weights, submodel in rows]
-        first = np.stack([_along(a[0], shape[0], w, units, weigh=not outputs_second) for a, w, units in cuts])
+        first = along(0, not outputs_second)
         if len(axes) == 1 or axes[1] is None:
             return np.asarray(first.sum(axis=0)).reshape(-1, *[1] * (len(shape) - 1))
-        second = np.stack([_along(a[1], shape[1], w, units, weigh=outputs_second) for a, w, units in cuts])
-        product = torch.from_numpy(first).T @ torch.from_numpy(second)  # numpy's product has threads of its own
+        # numpy's product has threads of its own
+        product = torch.from_numpy(first).T @ torch.from_numpy(along(1, outputs_second))
         return product.numpy().reshape(*shape[:2], *[1] * (len(shape) - 2))
 
     def _weight(self, name: str) -> np.ndarray:
@@ -255,7 +271,10 @@ class Averager:
             return np.full((1,) * len(self._layout.shapes[name]), self.total_weight, dtype=np.float32)
         self._count_covers()
         pools = [p for p in self._pools.values() if p.submodel.holds(name)]
-        weight = self._coverage(name, [(p.weights, p.submodel) for p in pools]) if pools else np.float32(0)
+        weight: Any = np.float32(0)
+        if pools:
+            weights = np.stack([p.weights for p in pools]).astype(np.float32)
+            weight = self._coverage(name, weights, [p.submodel for p in pools])
         return np.asarray(weight + self._counted.get(name, np.float32(0)))
 
     def _numerator(self, name: str) -> torch.Tensor | None:
@@ -270,12 +289,6 @@ class Averager:
         for submodel, values in sums:
             add_at(into, positions(self._layout, submodel, name), values, 1.0)
         return into
-
-
-def _along(axis: np.ndarray | None, size: int, weights: np.ndarray, units: np.ndarray, weigh: bool) -> np.ndarray:
-    """One kind of reply along one axis, float32: its weight, or 1, where it is present, else 0."""
-    values = weights if weigh else units
-    return (np.full(size, values.max()) if axis is None else values[axis]).astype(np.float32)
 
 
 def _shared(array: np.ndarray) -> torch.Tensor:
