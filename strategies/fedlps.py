@@ -21,7 +21,7 @@ from flexfed.methods.fedlps_cost import (
     upload_bits_row_sparse,
 )
 from flexfed.networks import build_on_meta
-from flexfed.select import kept_units, prefix_ratio, top
+from flexfed.select import prefix_ratio, top
 from flexfed.submodel import Submodel, full
 from flexfed.units import Arrays
 from strategies.widths import WidthStrategy
@@ -135,15 +135,10 @@ class FedLPS(WidthStrategy):
         config, layout = self._config, self.task.layout
         if config.is_told:
             return held == assignment.submodel
-        ratio = float(str(assignment.config["ratio"]))
-        counts = {g: kept_units(ratio, len(s), "floor") for g, s in layout.groups.items() if g not in layout.fixed}
-        spans = {group: layout.groups[group] for group in counts}
+        as_many = self.part_at(float(str(assignment.config["ratio"])), self.record.server_round).units
         cut = ("rows" if config.mask_bias else "weight-rows") if config.is_masked else "all"
-        return (
-            held.cut == cut
-            and bool(held.units[layout.fixed_units].all())
-            and all(held.units[s.start : s.stop].sum() == counts[group] for group, s in spans.items())
-        )
+        spans = [slice(span.start, span.stop) for span in layout.groups.values()]
+        return held.cut == cut and all(held.units[here].sum() == as_many[here].sum() for here in spans)
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Remember the ranking, and let the policy learn."""
@@ -180,12 +175,9 @@ class FedLPS(WidthStrategy):
             return False
         if not self._config.mask_bias:  # the device holds the whole network anyway
             return self.budget.tests(device, own)
-        limit = self.budget.share(self.part_at(cap, server_round))
-        return num_parameters(self.task.layout, own) <= limit * self._size + 0.5 and self.budget.tests(device, own)
-
-    @cached_property
-    def _size(self) -> int:
-        return num_parameters(self.task.layout, full(self.task.layout))
+        layout = self.task.layout
+        limit = num_parameters(layout, self.part_at(cap, server_round))
+        return num_parameters(layout, own) <= limit and self.budget.tests(device, own)
 
     def kept_units(self, update: Update) -> np.ndarray:
         """Where masked units are not silent, a client's own model is the whole network, with zero rows."""
