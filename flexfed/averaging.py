@@ -27,7 +27,7 @@ from flexfed.units import Arrays, Layout
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
 _LARGEST = 1e18  # of an entry: its square, and a sum of many, still fit in float32
 _BLOCK = 256  # replies whose coverage is kept as bits before it is counted
-_AT_ONCE = 1 << 16  # numbers read, added to and written back while they are in the processor's cache
+_AT_ONCE = 1 << 15  # numbers read, added to and written back while they are in the processor's cache
 
 
 @dataclass
@@ -74,9 +74,12 @@ class Averager:
         self._output_tensors = [
             name for name in layout.shapes if any(a is not None and outputs[a].any() for a in layout.axes[name])
         ]
+        self._vectors = {name: axes[0] for name, axes in layout.axes.items() if len(axes) == 1 and axes[0] is not None}
+        self._vector_units = np.concatenate([*self._vectors.values(), np.zeros(0, dtype=np.int64)])
         self._room = _POOL_LIMIT * _num_entries(layout.shapes)  # entries that further pools may have
         self._pools: dict[bytes, _Pool] = {}
         self._scattered: dict[str, torch.Tensor] = {}
+        self._scattered_vectors: torch.Tensor | None = None  # those of one axis of `_scattered`, end to end
         self._covers: list[tuple[Submodel, float]] = []  # of scattered replies, with their weights
         self._counted: dict[str, np.ndarray] = {}
         self.total_weight = 0.0
@@ -193,17 +196,30 @@ class Averager:
     def _scatter(
         self, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
     ) -> None:
-        start = 0
-        for name, shape in shapes.items():
-            stop = start + math.prod(shape)
+        pieces = dict(zip(shapes, flat.split_with_sizes([math.prod(shape) for shape in shapes.values()]), strict=True))
+        if submodel.cut == "all" and submodel.keys is None and not submodel.masks:
+            self._scatter_vectors(submodel, [pieces.pop(name) for name in self._vectors], weight)
+        for name, piece in pieces.items():
             into = self._scattered.get(name)
             if into is None:
                 into = self._scattered[name] = _zeros(self._layout.shapes[name])
-            values = flat[start:stop].view(shape)
+            values = piece.view(shapes[name])
             if name in submodel.masks:
                 values = values * torch.from_numpy(submodel.masks[name])
             add_at(into, positions(self._layout, submodel, name), values, weight)
-            start = stop
+
+    def _scatter_vectors(self, submodel: Submodel, pieces: list[torch.Tensor], weight: float) -> None:
+        """All tensors of one axis (biases, norms) in one addition: there are many, and all are small."""
+        if not pieces:
+            return
+        if self._scattered_vectors is None:
+            self._scattered_vectors = _zeros(self._vector_units.shape)
+            views = self._scattered_vectors.split_with_sizes([len(units) for units in self._vectors.values()])
+            for name, view in zip(self._vectors, views, strict=True):
+                found = self._scattered.get(name)
+                self._scattered[name] = view if found is None else view.copy_(found)
+        kept = torch.from_numpy(submodel.units[self._vector_units].nonzero()[0])
+        self._scattered_vectors.index_add_(0, kept, torch.cat(pieces), alpha=weight)
 
     def _cover(self, submodel: Submodel, weight: float) -> None:
         if self._per == "total":
