@@ -21,7 +21,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from flexfed.submodel import Submodel, as_slice, axes_cut, narrow_shape, narrow_shapes, positions, relative_positions
+from flexfed.submodel import (
+    Submodel,
+    as_slice,
+    axes_cut,
+    dense,
+    narrow_shape,
+    narrow_shapes,
+    positions,
+    relative_positions,
+    sizes_of,
+)
 from flexfed.units import Arrays, Layout
 
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
@@ -36,13 +46,16 @@ class _Pool:
 
     submodel: Submodel  # with every output
     shapes: dict[str, tuple[int, ...]]  # of its tensors, in wire order
-    total: torch.Tensor  # flat, weighted sum of differences
+    total: torch.Tensor  # flat in wire order, weighted sum of differences
     weights: np.ndarray  # (num_units,) float64: weight of the replies that hold each unit
     starts: dict[str, int]  # where each tensor begins in `total`
 
     def sum_of(self, name: str) -> torch.Tensor:
-        """One tensor of the sum, a view."""
+        """One tensor of the sum: a view, but where it is masked."""
         start, shape = self.starts[name], self.shapes[name]
+        if name in self.submodel.masks:
+            stop = start + int(self.submodel.masks[name].sum())
+            return torch.from_numpy(dense(self.submodel, name, self.total[start:stop].numpy()))
         return self.total[start : start + math.prod(shape)].view(shape)
 
 
@@ -90,7 +103,7 @@ class Averager:
 
         Args:
             submodel: what the reply holds.
-            difference: float32, flat in wire order: trained part minus received part.
+            difference: float32, flat in wire order, of masked tensors the kept entries: trained minus received part.
             weight: its weight in the mean, > 0.
 
         Raises:
@@ -102,10 +115,10 @@ class Averager:
         if difference.dtype != np.float32:
             raise ValueError(f"differences must be float32, got {difference.dtype}")
         widest = self._with_all_outputs(submodel)
-        pooled = not submodel.masks and submodel.cut == "all"
+        pooled = submodel.cut == "all" and (not submodel.masks or widest is submodel)
         known = self._pools.get(widest.key) if pooled else None
         shapes = self._shapes(submodel, widest, known)
-        expected = known.total.numel() if known and widest is submodel else _num_entries(shapes)
+        expected = known.total.numel() if known and widest is submodel else sum(sizes_of(submodel, shapes).values())
         if difference.shape != (expected,):
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
         flat = _shared(difference)
@@ -165,7 +178,7 @@ class Averager:
     def _new_pool(self, widest: Submodel) -> _Pool | None:
         """A pool for another kind of reply, if there is room for it."""
         shapes = narrow_shapes(self._layout, widest)
-        *begins, size = accumulate((math.prod(shape) for shape in shapes.values()), initial=0)
+        *begins, size = accumulate(sizes_of(widest, shapes).values(), initial=0)
         if size > self._room:
             return None
         self._room -= size
@@ -196,16 +209,15 @@ class Averager:
     def _scatter(
         self, submodel: Submodel, shapes: Mapping[str, tuple[int, ...]], flat: torch.Tensor, weight: float
     ) -> None:
-        pieces = dict(zip(shapes, flat.split_with_sizes([math.prod(shape) for shape in shapes.values()]), strict=True))
+        pieces = dict(zip(shapes, flat.split_with_sizes(list(sizes_of(submodel, shapes).values())), strict=True))
         if submodel.cut == "all" and submodel.keys is None and not submodel.masks:
             self._scatter_vectors(submodel, [pieces.pop(name) for name in self._vectors], weight)
         for name, piece in pieces.items():
             into = self._scattered.get(name)
             if into is None:
                 into = self._scattered[name] = _zeros(self._layout.shapes[name])
-            values = piece.view(shapes[name])
-            if name in submodel.masks:
-                values = values * torch.from_numpy(submodel.masks[name])
+            masked = name in submodel.masks
+            values = torch.from_numpy(dense(submodel, name, piece.numpy())) if masked else piece.view(shapes[name])
             add_at(into, positions(self._layout, submodel, name), values, weight)
 
     def _scatter_vectors(self, submodel: Submodel, pieces: list[torch.Tensor], weight: float) -> None:
@@ -291,6 +303,9 @@ class Averager:
         if pools:
             weights = np.stack([p.weights for p in pools]).astype(np.float32)
             weight = self._coverage(name, weights, [p.submodel for p in pools])
+            for pool in pools:
+                if name in pool.submodel.masks:
+                    weight = self._without_masked(name, weight, pool.submodel, float(pool.weights.max()))
         return np.asarray(weight + self._counted.get(name, np.float32(0)))
 
     def _numerator(self, name: str) -> torch.Tensor | None:

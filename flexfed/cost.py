@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexfed.devices import Device
 from flexfed.networks import Factory, build_on_meta
-from flexfed.submodel import Submodel, narrow_shapes, resize
+from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes, resize
 from flexfed.training import Training, build_optimizer, samples_trained, use_batch_statistics
 from flexfed.units import Layout
 
@@ -36,8 +36,8 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def num_parameters(layout: Layout, submodel: Submodel) -> int:
-    """Numbers in the tensors of a part: what travels, and what is trained."""
-    return sum(math.prod(shape) for shape in narrow_shapes(layout, submodel).values())
+    """Numbers in the tensors of a part, masked entries not counted: what travels, and what is trained."""
+    return sum(narrow_sizes(layout, submodel).values())
 
 
 def part_bytes(layout: Layout, submodel: Submodel) -> int:

@@ -14,7 +14,16 @@ from flexfed.cost import forward_macs, memory_budget, testing_memory, training_m
 from flexfed.devices import Device
 from flexfed.measure import free_memory
 from flexfed.networks import Factory
-from flexfed.submodel import Submodel, flatten, narrow, relative_positions, take, unflatten
+from flexfed.submodel import (
+    Submodel,
+    flatten,
+    narrow,
+    relative_positions,
+    split_flat,
+    take,
+    travelling_numbers,
+    unflatten,
+)
 from flexfed.training import (
     Evaluation,
     Loss,
@@ -207,8 +216,8 @@ def make_update(
         reported: the part of `received` that is sent back; all of it by default.
     """
     difference = flatten(task.layout, received, trained.arrays)
-    for name, values in unflatten(task.layout, received, difference).items():
-        values -= arrays[name]  # in place: a device has no room for a third copy of the part
+    for name, values in split_flat(task.layout, received, difference).items():
+        values -= travelling_numbers(received, name, arrays[name])  # in place: no room for a third copy of the part
     metrics = {
         "train-loss": trained.loss,
         "train-accuracy": trained.accuracy,

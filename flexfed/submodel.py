@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ class Submodel:
     Attributes:
         units: bool, (num_units,).
         keys: tensors present (depth, exits, blocks); None = all.
-        masks: tensor -> bool of its narrow shape, single entries kept (unstructured pruning only).
+        masks: tensor -> bool of its narrow shape, single entries kept (unstructured pruning only). Of a masked tensor
+            only these travel; it computes as a dense one, with zeros.
         cut: see `Cut`. Only what "all" keeps is a network of its own; the others say which rows of a reply travel.
     """
 
@@ -49,8 +51,17 @@ class Submodel:
     def key(self) -> bytes:
         """Equal for equal units, tensors and masks: what replies are pooled by."""
         names = "" if self.keys is None else "\n".join(sorted(self.keys)) + "\n"
-        masks = b"".join(n.encode() + np.packbits(m).tobytes() for n, m in sorted(self.masks.items()))
-        return np.packbits(self.units).tobytes() + (names + self.cut).encode() + masks
+        return np.packbits(self.units).tobytes() + (names + self.cut).encode() + self.masks_key
+
+    @cached_property
+    def masks_key(self) -> bytes:
+        """Names masks in a few bytes, so that they need not travel again; empty where there are none."""
+        if not self.masks:
+            return b""
+        digest = hashlib.sha256(np.packbits(self.units).tobytes())
+        for name, mask in sorted(self.masks.items()):
+            digest.update(name.encode() + b"\0" + np.packbits(mask).tobytes())
+        return digest.digest()[:16]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Submodel) and len(self.units) == len(other.units) and self.key == other.key
@@ -108,6 +119,17 @@ def narrow_shape(layout: Layout, submodel: Submodel, tensor: str) -> tuple[int, 
     return tuple(n if units is None else int(np.count_nonzero(submodel.units[units])) for n, units in axes)
 
 
+def narrow_sizes(layout: Layout, submodel: Submodel) -> dict[str, int]:
+    """How many numbers of every tensor travel, in wire order."""
+    return sizes_of(submodel, narrow_shapes(layout, submodel))
+
+
+def sizes_of(submodel: Submodel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The same, given the narrow shapes: all numbers of a tensor, of a masked one the entries kept."""
+    masks = submodel.masks
+    return {n: int(np.count_nonzero(masks[n])) if n in masks else math.prod(shape) for n, shape in shapes.items()}
+
+
 def take(array: np.ndarray, kept: tuple[np.ndarray | None, ...]) -> np.ndarray:
     """The part of one tensor: a view where an axis is kept as one run, a copy where it is not."""
     for axis, index in enumerate(kept):
@@ -143,33 +165,54 @@ def extract(layout: Layout, submodel: Submodel, arrays: Mapping[str, np.ndarray]
 
 
 def flatten(layout: Layout, submodel: Submodel, part: Mapping[str, np.ndarray]) -> np.ndarray:
-    """All tensors of a part as one float32 vector in wire order."""
+    """All tensors of a part as one float32 vector in wire order, of masked ones the kept entries."""
     shapes = narrow_shapes(layout, submodel)
     for name, shape in shapes.items():
         if name not in part or part[name].shape != shape:
             got = part[name].shape if name in part else "nothing"
             raise ValueError(f"tensor {name!r} of the part should have shape {shape}, got {got}")
-    pieces = [np.asarray(part[name], dtype=np.float32).reshape(-1) for name in shapes]
+    pieces = [np.asarray(travelling_numbers(submodel, name, part[name]), dtype=np.float32) for name in shapes]
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
 
 
-def unflatten(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
-    """The tensors of a part, as views into its flat vector.
+def travelling_numbers(submodel: Submodel, tensor: str, values: np.ndarray) -> np.ndarray:
+    """One tensor of a part as it travels: flat, where it is masked the kept entries only."""
+    return values[submodel.masks[tensor]] if tensor in submodel.masks else values.reshape(-1)
+
+
+def split_flat(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
+    """A flat part by tensor: views, one axis each.
 
     Raises:
         ValueError: the vector has not the length that the submodel asks for.
     """
-    shapes = narrow_shapes(layout, submodel)
-    expected = sum(math.prod(shape) for shape in shapes.values())
+    sizes = narrow_sizes(layout, submodel)
+    expected = sum(sizes.values())
     if flat.shape != (expected,):
         raise ValueError(f"a flat part of {expected} numbers is expected for this submodel, got shape {flat.shape}")
-    part: Arrays = {}
-    start = 0
-    for name, shape in shapes.items():
-        stop = start + math.prod(shape)
-        part[name] = flat[start:stop].reshape(shape)
-        start = stop
-    return part
+    ends = np.cumsum(list(sizes.values()))
+    return dict(zip(sizes, np.split(flat, ends[:-1]), strict=True)) if sizes else {}
+
+
+def unflatten(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
+    """The tensors of a part: views into its flat vector, but masked ones, which are zero where nothing travelled.
+
+    Raises:
+        ValueError: the vector has not the length that the submodel asks for.
+    """
+    pieces = split_flat(layout, submodel, flat)
+    shapes = narrow_shapes(layout, submodel)
+    return {
+        n: dense(submodel, n, piece) if n in submodel.masks else piece.reshape(shapes[n]) for n, piece in pieces.items()
+    }
+
+
+def dense(submodel: Submodel, tensor: str, kept: np.ndarray) -> np.ndarray:
+    """A masked tensor of a part from its kept entries."""
+    mask = submodel.masks[tensor]
+    values = np.zeros(mask.shape, dtype=kept.dtype)
+    values[mask] = kept
+    return values
 
 
 def compose(outer: Submodel, inner: Submodel) -> Submodel:
@@ -204,23 +247,36 @@ def within(inner: Submodel, outer: Submodel) -> bool:
     return keys and axes and not bool((inner.units & ~outer.units).any())
 
 
-def pack(submodel: Submodel) -> dict[str, bytes]:
-    """A submodel as bytes: one bit a unit, tensor names, one bit an entry of each mask."""
+def pack(submodel: Submodel, known: bytes = b"") -> dict[str, bytes]:
+    """A submodel as bytes: one bit a unit, tensor names, one bit an entry of each mask.
+
+    Args:
+        submodel: what to pack.
+        known: `masks_key` of the submodel that the receiver knows: if the masks are the same, only the key travels.
+    """
     packed = {"units": np.packbits(submodel.units).tobytes()}
     if submodel.keys is not None:
         packed["keys"] = "\n".join(sorted(submodel.keys)).encode()
     if submodel.cut != "all":
         packed["cut"] = submodel.cut.encode()
+    if submodel.masks and submodel.masks_key == known:
+        return {**packed, "masks": known}
     for name, mask in submodel.masks.items():
         packed[f"mask:{name}"] = np.packbits(mask).tobytes()
     return packed
 
 
-def unpack(layout: Layout, packed: Mapping[str, bytes]) -> Submodel:
+def unpack(layout: Layout, packed: Mapping[str, bytes], known: Submodel | None = None) -> Submodel:
     """Undo `pack`, believing nothing.
 
+    Args:
+        layout: the network's numbering.
+        packed: what came.
+        known: whose masks are meant where only their key came.
+
     Raises:
-        ValueError: bits of the wrong length, set bits behind the last unit, or names the layout does not have.
+        ValueError: bits of the wrong length, set bits behind the last unit, names the layout does not have, or
+            masks that are not known.
     """
     units = _bits(packed.get("units", b""), layout.num_units, "units")
     keys = None
@@ -229,6 +285,10 @@ def unpack(layout: Layout, packed: Mapping[str, bytes]) -> Submodel:
         if not keys <= layout.shapes.keys():
             raise ValueError(f"submodel names unknown tensors: {sorted(keys - layout.shapes.keys())[:3]}")
     cut = cast(Cut, packed.get("cut", b"all").decode(errors="replace"))  # Submodel refuses others
+    if "masks" in packed:
+        if known is None or known.masks_key != packed["masks"] or not np.array_equal(units, known.units):
+            raise ValueError("submodel names masks that are not known here; expected the masks themselves")
+        return Submodel(units, keys, known.masks, cut)
     masked = {name.removeprefix("mask:"): bits for name, bits in packed.items() if name.startswith("mask:")}
     shapes = narrow_shapes(layout, Submodel(units, keys, cut=cut)) if masked else {}
     if not masked.keys() <= shapes.keys():

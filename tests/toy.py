@@ -120,8 +120,9 @@ def random_units(layout: Layout, rng: np.random.Generator, ratio: float | None =
 
 
 def random_difference(layout: Layout, submodel: Submodel, rng: np.random.Generator) -> np.ndarray:
-    """A flat difference that fits."""
-    size = sum(int(np.prod(shape)) for shape in narrow_shapes(layout, submodel).values())
+    """A flat difference that fits: of masked tensors the kept entries only."""
+    shapes = narrow_shapes(layout, submodel)
+    size = sum(int(submodel.masks.get(name, np.ones(shape)).sum()) for name, shape in shapes.items())
     return np.asarray(rng.standard_normal(size), dtype=np.float32)
 
 
