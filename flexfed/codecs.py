@@ -66,8 +66,8 @@ def largest_code(bits: int) -> int:
 def scale_of(values: np.ndarray, bits: int) -> np.float32:
     """The step s = max|values| / q between two levels; 1 where all values are zero.
 
-    In float32, too, (s q) / q is s for every s that is some m / q (tested for all m): whoever holds decoded values finds
-    the very scale they were decoded with.
+    In float32, too, (s q) / q is s for every s that is some m / q (tested for all m): whoever holds decoded values
+    finds the very scale they were decoded with.
 
     Raises:
         ValueError: NaN or infinity, or numbers so large that float32 cannot hold s q.
@@ -79,7 +79,7 @@ def scale_of(values: np.ndarray, bits: int) -> np.float32:
         raise ValueError(f"numbers to quantise must be finite and below 1e38, got {most}")
     if most == 0:
         return np.float32(1)
-    return np.maximum(most / q, _TINY)  # below, numbers lose their last bits
+    return np.float32(max(most / q, _TINY))  # below, numbers lose their last bits
 
 
 def codes_of(values: np.ndarray, scale: np.float32, bits: int, rng: np.random.Generator | None = None) -> np.ndarray:
