@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from flexfed.batchnorm import collect_sums, pack_sums
-from flexfed.client_state import load_state, save_state, state_folder
+from flexfed.client_state import known_masks, load_state, save_state, state_folder, with_masks
 from flexfed.config import Experiment
 from flexfed.data import ClientData, client_labels, load_client, normalise
 from flexfed.devices import Device, declared, load_fleet
@@ -27,11 +27,12 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
     update_content,
 )
-from flexfed.jobs import TEST_BATCH, Job, Part, Task, evaluate_part, require_memory, shrink
+from flexfed.jobs import TEST_BATCH, Job, LocalUpdate, Part, Task, Update, evaluate_part, require_memory, shrink
 from flexfed.methods import METHODS
 from flexfed.personal import evaluate_personal, model_state, stored_model
 from flexfed.submodel import unpack
 from flexfed.training import batches
+from flexfed.units import Arrays
 
 app = ClientApp()
 
@@ -51,18 +52,37 @@ def train(message: Message, context: Context) -> Message:
     The reply says how many seconds of processor time training took, summed over the threads of this process.
     """
     task, data = _work(message, context)
-    job = _job(message, context, task)
-    folder = _state_folder(message, context)
-    base = int(cast(int, _config(message)["private-round"]))
-    job = replace(job, state=load_state(folder, base))
-    began = time.process_time()
-    update = METHODS[_experiment(context).settings.strategy].local_update(job, task, data)
-    update = replace(update, metrics={**update.metrics, "seconds": time.process_time() - began})
+    state = _state(message, context)
+    job = replace(_job(message, context, task, state), state=state)
+    update = _timed(METHODS[_experiment(context).settings.strategy].local_update, job, task, data)
     if _experiment(context).settings.personal == "stored-local" and update.trained is not None:
         update = replace(update, state={**update.state, **model_state(task, update.trained)})
+    update = replace(update, state=with_masks(update.state, job))
     if update.state:
-        save_state(folder, job.server_round, update.state, base)
-    return Message(update_content(update), reply_to=message)
+        save_state(_state_folder(message, context), job.server_round, update.state, _base(message))
+    return Message(update_content(update, task.layout, job), reply_to=message)
+
+
+def act(message: Message, context: Context) -> Message:
+    """Further work of the run's method, which the message names; it keeps no private state."""
+    task, data = _work(message, context)
+    job = _job(message, context, task, {})
+    method, action = _experiment(context).settings.strategy, message.metadata.message_type.partition(".")[2]
+    if action not in METHODS[method].actions:
+        raise ValueError(f"{method} has no action {action!r}; it has {', '.join(METHODS[method].actions) or 'none'}")
+    update = _timed(METHODS[method].actions[action], job, task, data)
+    return Message(update_content(update, task.layout, job), reply_to=message)
+
+
+for _name in sorted({action for method in METHODS.values() for action in method.actions}):
+    app.train(_name)(act)
+
+
+def _timed(work: LocalUpdate, job: Job, task: Task, data: ClientData) -> Update:
+    """The update, and the seconds of processor time that it took."""
+    began = time.process_time()
+    update = work(job, task, data)
+    return replace(update, metrics={**update.metrics, "seconds": time.process_time() - began})
 
 
 @app.evaluate()
@@ -71,11 +91,11 @@ def evaluate(message: Message, context: Context) -> Message:
     task, data = _work(message, context)
     personal = bool(_config(message).get("personal", False))
     if "arrays" in message.content:
-        job = _job(message, context, task)
+        state = _state(message, context) if "masks" in message.content.config_records["submodel"] else {}
+        job = _job(message, context, task, state)
         part = Part(job.submodel, job.arrays)
     else:
-        base = int(cast(int, _config(message)["private-round"]))
-        part = stored_model(task, load_state(_state_folder(message, context), base))
+        part = stored_model(task, _state(message, context))
     require_memory(_device(context), part.submodel, task.memory_to_test)
     if personal:
         result = evaluate_personal(task, part, data, _experiment(context).settings.batch_norm)
@@ -90,7 +110,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def statistics(message: Message, context: Context) -> Message:
     """Sum what batch norm sees of the client's training data, for every level that the part holds."""
     task, data = _work(message, context)
-    job = _job(message, context, task)
+    job = _job(message, context, task, {})
     require_memory(job.device, job.submodel, task.memory_to_test)
     definition = str(message.content.config_records["query"]["definition"])
     sums: dict[str, ArrayRecord] = {}
@@ -113,10 +133,19 @@ def _work(message: Message, context: Context) -> tuple[Task, ClientData]:
     return task, _data(key, *_place(context), _data_path(context), mean, std)
 
 
-def _job(message: Message, context: Context, task: Task) -> Job:
-    """The job, for this device as it is in this round."""
-    job = read_job(message.content, task.layout, _device(context))
+def _job(message: Message, context: Context, task: Task, state: Arrays) -> Job:
+    """The job, for this device as it is in this round; `state` is where it keeps the masks it was sent last."""
+    job = read_job(message.content, task.layout, _device(context), known_masks(task.layout, state))
     return replace(job, device=job.device.in_round(job.server_round, _experiment(context).settings.seed))
+
+
+def _base(message: Message) -> int:
+    """The round of the private state that the server counts on; 0 = none."""
+    return int(cast(int, _config(message)["private-round"]))
+
+
+def _state(message: Message, context: Context) -> Arrays:
+    return load_state(_state_folder(message, context), _base(message))
 
 
 def _state_folder(message: Message, context: Context) -> Path:

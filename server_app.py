@@ -91,7 +91,8 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
         check_parts(task.factory, task.layout, initial, task.input_shape)
     diary = Diary(config, settings, run_id, resumed)
     transform["run"] = stood.facts["run"] if stood else diary.folder.path.name
-    strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write, stood)
+    folder = diary.folder.path
+    strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write, stood, folder)
     try:
         _drive(strategy, grid, initial, diary)
     finally:
@@ -109,7 +110,7 @@ def _drive(strategy: SubmodelStrategy, grid: Grid, initial: Arrays, diary: Diary
     streaming = StreamingGrid(grid, in_order, settings.replies_in_flight, 0.02 if in_order else 0.25)
     strategy.meet(streaming)
     diary.begin(strategy.federation.num_partitions)
-    strategy.begin(initial)
+    strategy.begin(initial, streaming)
     diary.save(strategy.checkpoint())
     num_rounds = diary.num_rounds_left()
     with _quiet_start(), suppress(RunOver):

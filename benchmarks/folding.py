@@ -50,7 +50,7 @@ def reply(layout: Layout, submodel: Submodel, number: int) -> RecordDict:
     """A client's reply as it comes out of a message, with bytes of its own."""
     noise = np.random.default_rng(number).standard_normal(1 << 16, dtype=np.float32)
     difference = np.resize(noise, num_parameters(layout, submodel))
-    return update_content(Update(submodel, difference, 10.0 + number % 7, {"train-loss": 1.0, "macs": 1e9}))
+    return update_content(Update(submodel, difference, 10.0 + number % 7, {"train-loss": 1.0, "macs": 1e9}), layout)
 
 
 # Kinds of replies: what number so-and-so holds ------------------------------------------------------------

@@ -25,7 +25,7 @@ def job(rate: float) -> Message:
     layout = resnet_layout()
     submodel = prefix_ratio(layout, rate)
     part = to_array(flatten(layout, submodel, extract(layout, submodel, draw_model(layout))))
-    content = job_content(part, Assignment(submodel, "a", {"ratio": rate}), 2**32 - 1, 1000, TRANSFORM)
+    content = job_content({"part": part}, Assignment(submodel, "a", {"ratio": rate}), 2**32 - 1, 1000, TRANSFORM)
     return Message(content, dst_node_id=2**63, message_type="train", group_id="1000")
 
 
@@ -34,7 +34,7 @@ def update(rate: float) -> Message:
     submodel = prefix_ratio(resnet_layout(), rate)
     size = num_parameters(resnet_layout(), submodel)
     difference = np.random.default_rng(1).standard_normal(size, dtype=np.float32)
-    content = update_content(Update(submodel, difference, 500.0, {"train-loss": 1.0, "macs": 1e12}))
+    content = update_content(Update(submodel, difference, 500.0, {"train-loss": 1.0, "macs": 1e12}), resnet_layout())
     return Message(content, reply_to=job(rate))
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from flexfed.jobs import Job
 from flexfed.runs import absolute_path
+from flexfed.submodel import Submodel, pack, unpack
 from flexfed.tensorfile import read_tensors, write_tensors
-from flexfed.units import Arrays
+from flexfed.units import Arrays, Layout
 
 FORMAT = "flexfed client state 1"
 
@@ -76,3 +80,35 @@ def _path(folder: Path, server_round: int) -> Path:
 
 def _versions(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors"))
+
+
+_SENT = "sent/"  # the submodel that came last, if it had masks
+
+
+def with_masks(state: Arrays, job: Job) -> Arrays:
+    """A client's new private state, with the masks that it was sent: they need not travel again.
+
+    Args:
+        state: the method's own; empty = nothing new.
+        job: what was sent, and the state before it.
+    """
+    sent = job.submodel
+    known = known_masks_key(job.state)
+    if not sent.masks or (not state and known == sent.masks_key):
+        return state
+    kept = state or {name: array for name, array in job.state.items() if not name.startswith(_SENT)}
+    packed = {f"{_SENT}{name}": np.frombuffer(data, dtype=np.uint8) for name, data in pack(sent).items()}
+    return {**kept, **packed, f"{_SENT}key": np.frombuffer(sent.masks_key, dtype=np.uint8)}
+
+
+def known_masks_key(state: Arrays) -> bytes:
+    """`masks_key` of what a client was sent last; empty where that had no masks."""
+    return state[f"{_SENT}key"].tobytes() if f"{_SENT}key" in state else b""
+
+
+def known_masks(layout: Layout, state: Arrays) -> Submodel | None:
+    """The submodel with masks that a client was sent last, from its private state."""
+    if not known_masks_key(state):
+        return None
+    found = {name.removeprefix(_SENT): a.tobytes() for name, a in state.items() if name.startswith(_SENT)}
+    return unpack(layout, {name: data for name, data in found.items() if name != "key"})

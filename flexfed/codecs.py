@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexfed.submodel import Submodel, narrow_shapes
+from flexfed.submodel import Submodel, narrow_shapes, sizes_of
 from flexfed.units import Layout
 
 _TINY = np.finfo(np.float32).tiny
@@ -47,9 +47,8 @@ class Pieces(NamedTuple):
 
 def pieces(layout: Layout, submodel: Submodel) -> Pieces:
     """The pieces of a submodel's flat part; tensors of fewer than two axes (biases, norms) are plain."""
-    shapes, masks = narrow_shapes(layout, submodel), submodel.masks
-    sizes = tuple(int(np.sum(masks[n])) if n in masks else int(np.prod(s, dtype=np.int64)) for n, s in shapes.items())
-    return Pieces(sizes, tuple(len(shape) < 2 for shape in shapes.values()))
+    shapes = narrow_shapes(layout, submodel)
+    return Pieces(tuple(sizes_of(submodel, shapes).values()), tuple(len(shape) < 2 for shape in shapes.values()))
 
 
 def largest_code(bits: int) -> int:
@@ -195,6 +194,7 @@ class Codec:
         return {"codes": codes, "scales": ("float32", pieces.plain.count(False)), "floats": ("float32", plain)}
 
 
+PLAIN = "float32"
 CODECS: dict[str, Codec] = {"float32": Codec("float32", 32), "int8": Codec("int8", 8), "int4": Codec("int4", 4)}
 """Name in the configuration -> codec."""
 
@@ -213,8 +213,8 @@ def _refuse_others(name: str, arrays: Mapping[str, np.ndarray], kinds: Mapping[s
         raise ValueError(f"a part as {name} has the arrays {', '.join(sorted(kinds))}; got {', '.join(sorted(arrays))}")
     for key, (kind, size) in kinds.items():
         if arrays[key].dtype != kind or arrays[key].shape != (size,):
-            got = f"{arrays[key].dtype} of shape {arrays[key].shape}"
-            raise ValueError(f"{key} of this part as {name} should be {size} numbers of {kind}, got {got}")
+            got = f"shape {arrays[key].shape} of {arrays[key].dtype}"
+            raise ValueError(f"{key} should be {size} numbers of {kind} (codec {name}), got {got}")
 
 
 def _pack_halves(codes: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flexfed.bandits import BanditConfig
+from flexfed.codecs import CODECS, PLAIN
 from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
@@ -44,6 +45,8 @@ class Settings:
             FedLPS, else none.
         round_deadline: modelled seconds that a device may take to receive its part, train it and send it back;
             tests and queries come on top; 0 = any.
+        codec: how parts travel, both ways: 'float32', or as integers of 8 or 4 bits (`flexfed.codecs`). Replies are
+            rounded at random, so that their mean is unbiased.
         batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
         reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival' (real fleets).
         replies_in_flight: messages sent and not yet folded, at most.
@@ -67,6 +70,7 @@ class Settings:
     ratio_policy: str = "own"
     personal: str = "own"
     round_deadline: float = 0.0
+    codec: str = PLAIN
     batch_norm: str = "static"
     reply_order: str = "cohort"
     replies_in_flight: int = 64
@@ -81,6 +85,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, METHODS)
         _one_of("batch-norm", self.batch_norm, BATCH_NORM)
+        _one_of("codec", self.codec, CODECS)
         _one_of("reply-order", self.reply_order, REPLY_ORDER)
         _one_of("ratio-policy", self.ratio_policy, RATIO_POLICIES)
         _one_of("personal", self.personal, PERSONAL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,26 +26,22 @@ def part_statistics(task: Task, part: Arrays, samples: Samples) -> Statistics:
 
 def measure_levels(
     task: Task,
-    levels: Mapping[str, Submodel],
-    headline: Sequence[str],
-    arrays: Arrays,
     found: Mapping[str, Statistics | None],
+    headline: Sequence[str],
+    deployed: Callable[[str], Arrays],
     samples: Samples,
 ) -> dict[str, float]:
     """Accuracy of every level, the mean over the `headline` levels, and accuracy and loss of the last one.
 
     Args:
         task: the network.
-        levels: by name, the one that the run reports last.
+        found: batch-norm statistics of each level by name, the one that the run reports last; None = those of the
+            test batch.
         headline: names of those whose mean is `accuracy-levels`.
-        arrays: the global model.
-        found: batch-norm statistics of each level; None = those of the test batch.
+        deployed: name -> the level's tensors.
         samples: the test split.
     """
-    results = {
-        name: evaluate_part(task, extract(task.layout, level, arrays), found[name], samples)
-        for name, level in levels.items()
-    }
+    results = {name: evaluate_part(task, deployed(name), own, samples) for name, own in found.items()}
     top = list(results.values())[-1]
     mean = float(np.mean([results[name].accuracy for name in headline]))
     by_level = {f"accuracy-{name}": result.accuracy for name, result in results.items()}

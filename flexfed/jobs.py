@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flexfed.batchnorm import Statistics, apply_statistics
+from flexfed.codecs import PLAIN
 from flexfed.cost import forward_macs, memory_budget, testing_memory, training_macs, training_memory
 from flexfed.devices import Device
 from flexfed.measure import free_memory
@@ -60,6 +61,8 @@ class Job:
         seed: of this client and round; every draw on the client comes from it.
         server_round: counted from 1.
         state: what this client kept for itself after an earlier round; it never travels.
+        codec: how the part came; `arrays` are decoded.
+        reply_codec: how the reply is to travel.
     """
 
     submodel: Submodel
@@ -69,6 +72,8 @@ class Job:
     seed: int
     server_round: int
     state: Arrays = field(default_factory=dict)
+    codec: str = PLAIN
+    reply_codec: str = PLAIN
 
 
 class Part(NamedTuple):
@@ -103,11 +108,21 @@ class Update:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Who trains what: a part, the name of its level, and what else this client's job needs."""
+    """Who trains what.
+
+    Attributes:
+        submodel: the part.
+        level: its name in the record.
+        config: what else this client's job needs.
+        codec: how the part travels, a key of `flexfed.codecs.CODECS`; '' = as the run says.
+        reply_codec: how the reply does; likewise.
+    """
 
     submodel: Submodel
     level: str
     config: Mapping[str, Scalar] = field(default_factory=dict)
+    codec: str = ""
+    reply_codec: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import numpy as np
 from flexfed.data import ClientData
 from flexfed.evaluation import part_statistics
 from flexfed.jobs import Part, Task, evaluate_part
-from flexfed.submodel import flatten, unflatten, unpack
+from flexfed.submodel import Submodel, flatten, unflatten, unpack
 from flexfed.training import Evaluation
 from flexfed.units import Arrays
 
 
 def model_state(task: Task, part: Part) -> Arrays:
     """A client's own model for its private state."""
-    bits = np.packbits(part.submodel.units)
-    return {"model/units": bits, "model/part": flatten(task.layout, part.submodel, part.arrays)}
+    whole = Submodel(part.submodel.units)  # masked entries are zeros in it
+    return {"model/units": np.packbits(whole.units), "model/part": flatten(task.layout, whole, part.arrays)}
 
 
 def stored_model(task: Task, state: Mapping[str, np.ndarray]) -> Part:

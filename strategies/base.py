@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,11 @@ from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
     cause_of,
     code_fingerprint,
+    encoded,
     from_record_of_arrays,
     job_content,
     num_bytes,
     read_update,
-    to_array,
     to_record_of_arrays,
 )
 from flexfed.jobs import Assignment, Scalar, Task, Update
@@ -35,11 +37,14 @@ from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays, Layout
 from strategies.method import MethodStrategy
-from strategies.record import RoundRecord
+from strategies.record import Preparation, RoundRecord
 from strategies.testing import ClientTests
 
 log = logging.getLogger("flwr")
 
+
+Parts = dict[tuple[bytes, str], dict[str, Array]]
+"""(key of a submodel, codec) -> its part for the wire."""
 
 PARTS_KEPT = 8
 """Extracted parts held at a time: levels are few, and clients that have a part each would fill the memory."""
@@ -66,6 +71,7 @@ class SubmodelStrategy(MethodStrategy):
         on_round: called after every round with its line, with all that is needed to go on from there, and with the
             processor seconds that its clients measured.
         resumed: where the run stood when it was left; its next round is the first one here.
+        folder: of the run.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class SubmodelStrategy(MethodStrategy):
         transform: Mapping[str, Scalar] | None = None,
         on_round: Callable[[dict[str, Any], Checkpoint, float], None] | None = None,
         resumed: Checkpoint | None = None,
+        folder: Path | None = None,
     ):
         self.experiment = experiment
         self.settings = experiment.settings
@@ -83,6 +90,8 @@ class SubmodelStrategy(MethodStrategy):
         self.server = server
         self.transform = dict(transform or {})
         self.on_round = on_round
+        self.folder = folder
+        self.preparation = Preparation()
         self.budget = Budget(task, self.settings.round_deadline, self.macs_beside, self.download_of)
         self.tests = ClientTests(self)
         self.federation = Federation(task)
@@ -95,12 +104,15 @@ class SubmodelStrategy(MethodStrategy):
         self._resumed = resumed
         self._begun = False
         self._private_rounds: dict[int, int] = {}  # partition -> round of its last accepted private state
+        self.masks_held: dict[int, bytes] = {}  # partition -> key of the masks that stand in that state
         self._offset = 0  # Flower's `start` counts from 1 again
         if resumed is not None:
             self._statistics, self._offset = resumed.statistics, resumed.server_round
             self.record = RoundRecord(resumed.server_round)
             self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
             self._private_rounds = {int(p): r for p, r in resumed.facts["private-rounds"].items()}
+            self.masks_held = {int(p): bytes.fromhex(key) for p, key in resumed.facts["masks-held"].items()}
+            self.preparation = Preparation(**resumed.facts["preparation"])
 
     # The round ------------------------------------------------------------------------------------------------
 
@@ -123,14 +135,15 @@ class SubmodelStrategy(MethodStrategy):
         """Assign parts now; extract each distinct one once and make the messages one by one, as they are sent."""
         server_round += self._offset
         self._arrays = from_record_of_arrays(arrays)
-        self.record = RoundRecord(server_round)
         if not self._begun:
             self.meet(grid)
-            self.begin(self._arrays)
+            self.begin(self._arrays, grid)
+        self.record = RoundRecord(server_round, self.preparation if server_round == 1 else Preparation())
         rng = np.random.default_rng([self.settings.seed, server_round])
         self.devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
         self._replied = set()
-        self._assigned = dict(sorted(self.assign(server_round, self.devices, rng).items()))
+        assigned = sorted(self.assign(server_round, self.devices, rng).items())
+        self._assigned = {partition: self.with_codecs(assignment) for partition, assignment in assigned}
         self.asked += len(self._assigned)
         self.record.dispatched = {p: a.level for p, a in self._assigned.items()}
         return self._jobs(server_round)
@@ -145,11 +158,12 @@ class SubmodelStrategy(MethodStrategy):
         if self._resumed is not None:
             refuse_other_data(self._resumed.facts, self._facts())
 
-    def begin(self, arrays: Arrays) -> None:
+    def begin(self, arrays: Arrays, grid: Grid) -> None:
         """Prepare, once the devices are known; or take up what a run that goes on had prepared."""
         self._arrays, self._begun = arrays, True
         if self._resumed is None:
-            self.prepare()
+            self.devices = self.federation.devices
+            self.prepare(grid)
         else:
             self.load_state_dict(self._resumed.state)
             self.tests.load_state_dict(self._resumed.state)
@@ -180,6 +194,8 @@ class SubmodelStrategy(MethodStrategy):
             "asked": self.asked,
             "accepted": self.accepted,
             "private-rounds": {str(partition): r for partition, r in self._private_rounds.items()},
+            "masks-held": {str(partition): key.hex() for partition, key in self.masks_held.items()},
+            "preparation": asdict(self.preparation),
             **self.transform,
         }
 
@@ -189,14 +205,76 @@ class SubmodelStrategy(MethodStrategy):
         return self._arrays
 
     def _jobs(self, server_round: int) -> Iterator[Message]:
-        parts: dict[bytes, Array] = {}
-        for partition, assignment in self._assigned.items():
-            part = self.part(parts, assignment.submodel)
-            seed = self.seed_of(server_round, partition)
-            content = job_content(part, assignment, seed, server_round, {**self.transform, **self.base_of(partition)})
-            message = self.federation.message(partition, content, "train", server_round)
+        for partition, message in self._messages("train", server_round, self._assigned):
             self.record.bytes_down[partition] = num_bytes(message)
             yield message
+
+    def _messages(
+        self, kind: str, server_round: int, assigned: Mapping[int, Assignment]
+    ) -> Iterator[tuple[int, Message]]:
+        """One job after the other, each distinct part made once."""
+        parts: Parts = {}
+        for partition, assignment in assigned.items():
+            part, seed = self.part(parts, assignment), self.seed_of(server_round, partition)
+            extra, known = {**self.transform, **self.base_of(partition)}, self.masks_held.get(partition, b"")
+            content = job_content(part, assignment, seed, server_round, extra, known)
+            yield partition, self.federation.message(partition, content, kind, server_round)
+
+    def ask(
+        self, grid: Grid, action: str, assigned: Mapping[int, Assignment], receive: Callable[[int, Update], None]
+    ) -> set[int]:
+        """Have clients do one of their method's actions before round 1; what it costs counts in that round's line.
+
+        Args:
+            grid: to them.
+            action: a key of `Method.actions`.
+            assigned: partition -> the part of the global model that it is sent.
+            receive: is given the replies, one at a time; one for which it raises ValueError is left out.
+
+        Returns:
+            The partitions whose replies were received.
+        """
+        asked = {partition: self.with_codecs(assignment) for partition, assignment in sorted(assigned.items())}
+        sent: dict[int, int] = {}  # partition -> bytes
+
+        def messages() -> Iterator[Message]:
+            for partition, message in self._messages(f"train.{action}", 0, asked):
+                sent[partition] = num_bytes(message)
+                self.preparation.bytes_down += sent[partition]
+                yield message
+
+        received: set[int] = set()
+        for reply in grid.send_and_receive(messages(), timeout=self.settings.round_timeout):
+            partition = self.federation.partition_of(reply)
+            try:
+                if partition in received or partition not in asked:
+                    raise ValueError("it was not asked, or has replied already")
+                update = self._read(reply, asked[partition])
+                receive(partition, update)
+            except ValueError as cause:
+                log.warning("%s: client %s left out: %s", action, partition, cause)
+            else:
+                received.add(partition)
+                device = self.federation.devices[partition]
+                self.preparation.count(action, device, update, sent[partition], num_bytes(reply))
+        return received
+
+    def _read(self, reply: Message, asked: Assignment | None) -> Update:
+        """A reply, believing no more of it than what was asked allows.
+
+        Raises:
+            ValueError: says what is wrong with it.
+        """
+        if reply.has_error():
+            raise ValueError(cause_of(reply.error))
+        update = read_update(reply.content, self.task.layout, asked)
+        refuse_unbelievable(update)
+        return update
+
+    def with_codecs(self, assignment: Assignment) -> Assignment:
+        """How its messages travel: as the method says, else as the run does."""
+        codec = self.settings.codec
+        return replace(assignment, codec=assignment.codec or codec, reply_codec=assignment.reply_codec or codec)
 
     def base_of(self, partition: int) -> dict[str, Scalar]:
         """The round of a client's last accepted private state, for its message; 0 = none."""
@@ -206,16 +284,18 @@ class SubmodelStrategy(MethodStrategy):
         """The seed of one client and round."""
         return int(np.random.SeedSequence([self.settings.seed, server_round, partition]).generate_state(1)[0])
 
-    def part(self, parts: dict[bytes, Array], submodel: Submodel) -> Array:
-        """A part of the global model for the wire, extracted once for all that need it.
+    def part(self, parts: Parts, assignment: Assignment) -> dict[str, Array]:
+        """A part of the global model for the wire, extracted and encoded once for all that need it.
 
         Args:
             parts: those of this round that were needed last: where every client has its own, no more may be held.
-            submodel: which.
+            assignment: which, and how it is to travel.
         """
-        layout, key = self.task.layout, submodel.key
+        layout, submodel, codec = self.task.layout, assignment.submodel, assignment.codec or self.settings.codec
+        key = (submodel.key, codec)
         if key not in parts:
-            parts[key] = to_array(flatten(layout, submodel, extract(layout, submodel, self._arrays)))
+            flat = flatten(layout, submodel, extract(layout, submodel, self._arrays))
+            parts[key] = encoded(codec, layout, submodel, flat)
         parts[key] = parts.pop(key)  # the last one needed is the last to go
         if len(parts) > PARTS_KEPT:
             del parts[next(iter(parts))]
@@ -246,8 +326,8 @@ class SubmodelStrategy(MethodStrategy):
         return to_record_of_arrays(self._arrays), None
 
     def _fold(self, averager: Averager, server_round: int, partition: int, reply: Message) -> None:
-        update = read_update(reply.content, self.task.layout)
         assignment = self._assigned.get(partition)
+        update = self._read(reply, assignment)
         if assignment is None or partition in self._replied:
             raise ValueError("it was sent no job this round, or has replied already")
         if not within(update.submodel, assignment.submodel):
@@ -256,13 +336,14 @@ class SubmodelStrategy(MethodStrategy):
         told = self.devices[partition].num_examples
         if update.weight > told:
             raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
-        refuse_impossible(self.task.layout, assignment.submodel, update)
+        refuse_empty(self.task.layout, assignment.submodel, update.submodel)
         self.check(assignment, update)
         averager.add(update.submodel, update.difference, self.weigh(update))
         self._replied.add(partition)
         self.record.count(self.devices[partition], level, update, num_bytes(reply))
         if update.metrics.get("kept-state"):
             self._private_rounds[partition] = server_round
+            self.masks_held[partition] = assignment.submodel.masks_key
         self.tests.keep(partition, update)
         self.observe(server_round, partition, update)
 
@@ -284,7 +365,7 @@ class SubmodelStrategy(MethodStrategy):
         found = self.level_statistics(server_round, self._arrays, grid)
         self._statistics = found
         self.record.quality = measure_levels(
-            self.task, self.levels(), self.headline(), self._arrays, found, self.server.test
+            self.task, found, self.headline(), lambda name: self.deployed(name, self._arrays), self.server.test
         )
         return self.tests.messages(server_round, found)
 
@@ -295,8 +376,8 @@ class SubmodelStrategy(MethodStrategy):
 
     def final_model(self) -> Arrays:
         """The model that the run reports, with the batch-norm statistics it was last evaluated with."""
-        name, top = list(self.levels().items())[-1]
-        return with_statistics(extract(self.task.layout, top, self._arrays), self._statistics.get(name))
+        name = list(self.levels())[-1]
+        return with_statistics(self.deployed(name, self._arrays), self._statistics.get(name))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect the clients' own tests and close the round's record.
@@ -319,16 +400,24 @@ class SubmodelStrategy(MethodStrategy):
         return None
 
 
-def refuse_impossible(layout: Layout, sent: Submodel, update: Update) -> None:
-    """Stop at a reply that no client can have meant.
+def refuse_empty(layout: Layout, sent: Submodel, held: Submodel) -> None:
+    """Stop at a reply that holds nothing of a group that was sent.
 
     Raises:
-        ValueError: it holds nothing of a group that was sent, or tells of work that cannot be.
+        ValueError: names the group.
     """
     for group, span in layout.groups.items():
         here = slice(span.start, span.stop)
-        if sent.units[here].any() and not update.submodel.units[here].any():
+        if sent.units[here].any() and not held.units[here].any():
             raise ValueError(f"it holds no unit of group {group!r}")
+
+
+def refuse_unbelievable(update: Update) -> None:
+    """Stop at a reply that tells of work that cannot be.
+
+    Raises:
+        ValueError: says which.
+    """
     macs, seconds = update.metrics.get("macs", 0.0), update.metrics.get("seconds", 0.0)
     if not (0 <= macs <= MOST_MACS and seconds >= 0):
         raise ValueError(f"macs of a reply must lie in [0, {MOST_MACS:.0e}] and seconds be >= 0, got {macs}, {seconds}")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from flwr.serverapp import Grid
 
 from flexfed.checkpoint import State
 from flexfed.cost import num_parameters, shares
@@ -45,7 +46,7 @@ class FlexFL(WidthStrategy):
     _scores: np.ndarray
     _parts: dict[float, Submodel]  # by ratio, under a budget
 
-    def prepare(self) -> None:
+    def prepare(self, grid: Grid) -> None:
         """Pre-train on proxy data for the APoZ scores (unless they are given), then cut the pool, once."""
         given = given_scores(self.task.method.scores, self._groups)
         self._cut_pool(given or measure_scores(self.task, self.server, self.settings.seed))

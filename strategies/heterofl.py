@@ -16,12 +16,13 @@ from flexfed.checkpoint import State
 from flexfed.cost import shares
 from flexfed.devices import Device
 from flexfed.evaluation import level_statistics
-from flexfed.flower.messages import cause_of, from_record_of_arrays, job_content, num_bytes, to_array
+from flexfed.flower.messages import cause_of, from_record_of_arrays, job_content, num_bytes
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fixed_levels, parse_shares
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, extract, flatten, pack
+from flexfed.submodel import Submodel, extract, pack
 from flexfed.units import Arrays
+from strategies.base import Parts
 from strategies.widths import WidthStrategy
 
 log = logging.getLogger("flwr")
@@ -166,15 +167,14 @@ class HeteroFL(WidthStrategy):
     def _questions(self, server_round: int, arrays: Arrays, sent: dict[int, int]) -> Iterator[Message]:
         """One message a client: its largest level, and the bits of the smaller ones it can cut out of it."""
         levels = self.levels()
-        flat = {
-            n: to_array(flatten(self.task.layout, s, extract(self.task.layout, s, arrays))) for n, s in levels.items()
-        }
+        parts: Parts = {}
         for partition, device in self.devices.items():
             name = self.level_for_evaluation(device)
             if name is None:
                 continue
             held = list(levels)[: list(levels).index(name) + 1]
-            content = job_content(flat[name], Assignment(levels[name], name), 0, server_round, self.transform)
+            asked = self.with_codecs(Assignment(levels[name], name))
+            content = job_content(self.part(parts, asked), asked, 0, server_round, self.transform)
             content["levels"] = ConfigRecord({n: pack(levels[n])["units"] for n in held})
             content["query"] = ConfigRecord({"definition": self.task.method.statistics})
             message = self.federation.message(partition, content, "query.statistics", server_round)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +13,14 @@ from flwr.serverapp.strategy import Strategy
 from flexfed.batchnorm import Statistics
 from flexfed.budget import Budget
 from flexfed.checkpoint import State
+from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.config import Experiment, Settings
 from flexfed.data import ServerData
 from flexfed.devices import Device
-from flexfed.evaluation import level_statistics
+from flexfed.evaluation import part_statistics
 from flexfed.flower.federation import Federation
 from flexfed.jobs import Assignment, Task, Update
-from flexfed.submodel import Submodel, full
+from flexfed.submodel import Submodel, extract, flatten, full, unflatten
 from flexfed.units import Arrays
 from strategies.record import RoundRecord
 
@@ -35,6 +37,7 @@ class MethodStrategy(Strategy):
         federation: who is out there; its devices are nominal.
         devices: as they are in this round.
         record: of this round.
+        folder: of the run, for what is too large for memory; None = there is none.
     """
 
     per: Literal["coverage", "total"] = "coverage"
@@ -46,17 +49,36 @@ class MethodStrategy(Strategy):
     federation: Federation
     devices: Mapping[int, Device]
     record: RoundRecord
+    folder: Path | None
 
     def levels(self) -> dict[str, Submodel]:
         """The submodels that are evaluated, by name; the last one is what `accuracy` reports."""
         return {"full": full(self.task.layout)}
 
+    def level_codec(self, name: str) -> str:
+        """How the numbers of an evaluated level are kept on a device that uses it: what is tested is that."""
+        return PLAIN
+
+    def tested_codec(self, name: str) -> str:
+        """How an evaluated level travels to the devices that test it: as they would use it, else as the run says."""
+        own = self.level_codec(name)
+        return self.settings.codec if own == PLAIN else own
+
+    def deployed(self, name: str, arrays: Arrays) -> Arrays:
+        """The tensors of an evaluated level, as a device would use them."""
+        layout, level, codec = self.task.layout, self.levels()[name], CODECS[self.level_codec(name)]
+        part = extract(layout, level, arrays)
+        if codec.name == PLAIN:
+            return part
+        tensors = pieces(layout, level)
+        return unflatten(layout, level, codec.decode(codec.encode(flatten(layout, level, part), tensors), tensors))
+
     def headline(self) -> tuple[str, ...]:
         """The levels whose mean is `accuracy-levels`."""
         return tuple(self.levels())
 
-    def prepare(self) -> None:
-        """Before round 1, once every device is known: pre-training, exploration."""
+    def prepare(self, grid: Grid) -> None:
+        """Before round 1, once every device is known: pre-training, exploration (`SubmodelStrategy.ask`)."""
 
     def assign(
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator
@@ -112,7 +134,8 @@ class MethodStrategy(Strategy):
         Raises:
             ValueError: says why.
         """
-        if update.submodel.keys != assignment.submodel.keys or update.submodel.masks:
+        held, sent = update.submodel, assignment.submodel
+        if held.keys != sent.keys or held.masks_key != sent.masks_key:
             raise ValueError("it leaves out whole tensors, or single entries")
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
@@ -137,8 +160,9 @@ class MethodStrategy(Strategy):
         """Batch-norm statistics of every evaluated level; None = those of the test batch."""
         if self.settings.batch_norm == "batch":
             return dict.fromkeys(self.levels())
-        proxy = self.server.proxy
-        return {name: level_statistics(self.task, level, arrays, proxy) for name, level in self.levels().items()}
+        return {
+            name: part_statistics(self.task, self.deployed(name, arrays), self.server.proxy) for name in self.levels()
+        }
 
     def state_dict(self) -> State:
         """What a method has learned beside the model: arrays, and values that JSON holds exactly."""

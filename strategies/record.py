@@ -15,10 +15,46 @@ from flexfed.training import Evaluation
 
 
 @dataclass
+class Preparation:
+    """What clients did and what travelled before round 1 (exploration); it counts in round 1's line.
+
+    Attributes:
+        seconds: of each phase, its slowest device.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    macs: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    joules: float = 0.0
+    client_seconds: float = 0.0
+
+    def count(self, phase: str, device: Device, update: Update, bytes_down: int, bytes_up: int) -> None:
+        """Add a reply that was received."""
+        macs = int(update.metrics.get("macs", 0))
+        self.bytes_up += bytes_up
+        self.macs += macs
+        self.client_seconds += update.metrics.get("seconds", 0.0)
+        self.seconds[phase] = max(self.seconds.get(phase, 0.0), modelled_seconds(device, macs, bytes_down, bytes_up))
+        self.joules += modelled_joules(device, macs, bytes_down, bytes_up)
+
+    def line(self) -> dict[str, Any]:
+        """Its share of round 1's line; nothing where nothing was done."""
+        if not self.bytes_down:
+            return {}
+        return {
+            "bytes-preparation": self.bytes_down + self.bytes_up,
+            "macs-preparation": int(self.macs),
+            "modelled-seconds-preparation": sum(self.seconds.values()),
+        }
+
+
+@dataclass
 class RoundRecord:
     """Filled while a round runs; nothing that depends on the clock enters its line."""
 
     server_round: int
+    before: Preparation = field(default_factory=Preparation)  # of round 1
     dispatched: dict[int, str] = field(default_factory=dict)  # partition -> level
     trained: Counter[str] = field(default_factory=Counter)
     bytes_down: dict[int, int] = field(default_factory=dict)
@@ -60,19 +96,21 @@ class RoundRecord:
 
     def line(self) -> dict[str, Any]:
         """The line of metrics.jsonl; keys without a value this round are left out."""
+        prepared = sum(self.before.seconds.values())
         line: dict[str, Any] = {
             "round": self.server_round,
             "cohort": sorted(self.dispatched),
             "dispatched": dict(sorted(Counter(self.dispatched.values()).items())),
             "trained": dict(sorted(self.trained.items())),
-            "bytes-down": sum(self.bytes_down.values()),
-            "bytes-up": self.bytes_up,
+            "bytes-down": sum(self.bytes_down.values()) + self.before.bytes_down,
+            "bytes-up": self.bytes_up + self.before.bytes_up,
             "bytes-evaluation": self.bytes_beside,
-            "macs": int(self.macs),
+            "macs": int(self.macs + self.before.macs),
             "macs-evaluation": self.macs_beside,
-            "modelled-seconds": sum(self.seconds.values()),
-            "modelled-seconds-training": self.seconds.get("train", 0.0),
-            "joules": self.joules,
+            "modelled-seconds": sum(self.seconds.values()) + prepared,
+            "modelled-seconds-training": self.seconds.get("train", 0.0) + prepared,
+            "joules": self.joules + self.before.joules,
+            **self.before.line(),
             "refused": self.refused,
             "failed": self.failed,
             **self.quality,

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import Array, Message
+from flwr.app import Message, RecordDict
 
 from flexfed.batchnorm import Statistics, norm_widths
 from flexfed.checkpoint import State
@@ -25,7 +25,7 @@ from flexfed.networks import build_on_meta
 from flexfed.submodel import Submodel
 
 if TYPE_CHECKING:
-    from strategies.base import SubmodelStrategy
+    from strategies.base import Parts, SubmodelStrategy
 
 
 class ClientTests:
@@ -43,7 +43,7 @@ class ClientTests:
         self._levels: dict[int, str] = {}  # this round's testers of levels
         self._kept: dict[int, np.ndarray] = {}  # partition -> units of the part that it trained last
         self._sent: dict[tuple[bool, int], tuple[Submodel, int]] = {}  # (personal, partition) -> part, bytes
-        self._parts: dict[bytes, Array] = {}
+        self._parts: Parts = {}
 
     @property
     def mode(self) -> str:
@@ -79,7 +79,8 @@ class ClientTests:
         num = int(np.ceil(strategy.settings.fraction_evaluate * len(self._levels)))
         for partition in sorted(rng.permutation(sorted(self._levels))[:num].tolist()):
             name = self._levels[partition]
-            content = self._part_content(Assignment(levels[name], name), server_round, {})
+            assignment = Assignment(levels[name], name, codec=strategy.tested_codec(name))
+            content = self._part_content(partition, assignment, server_round, {})
             if found[name] is not None:
                 content["statistics"] = statistics_content(found[name])  # type: ignore[arg-type]
             yield self._message(False, partition, levels[name], content, server_round)
@@ -94,7 +95,7 @@ class ClientTests:
             if own is not None and self.mode == "stored-local":
                 content = stored_model_content(server_round, {**strategy.transform, **strategy.base_of(partition)})
             else:
-                content = self._part_content(Assignment(part, "personal"), server_round, {"personal": True})
+                content = self._part_content(partition, Assignment(part, "personal"), server_round, {"personal": True})
             yield self._message(True, partition, part, content, server_round)
 
     def _held(self, partition: int, device: Device, server_round: int) -> Submodel | None:
@@ -110,11 +111,17 @@ class ClientTests:
         testable = largest is not None and self._strategy.budget.tests(device, largest.submodel)
         return largest.submodel if largest is not None and testable else None
 
-    def _part_content(self, assignment: Assignment, server_round: int, extra: Mapping[str, Any]) -> Any:
-        part = self._strategy.part(self._parts, assignment.submodel)
-        return job_content(part, assignment, 0, server_round, {**self._strategy.transform, **extra})
+    def _part_content(
+        self, partition: int, assignment: Assignment, server_round: int, extra: Mapping[str, Any]
+    ) -> RecordDict:
+        strategy, found = self._strategy, self._strategy.with_codecs(assignment)
+        extra = {**strategy.transform, **strategy.base_of(partition), **extra}
+        known = strategy.masks_held.get(partition, b"")
+        return job_content(strategy.part(self._parts, found), found, 0, server_round, extra, known)
 
-    def _message(self, personal: bool, partition: int, part: Submodel, content: Any, server_round: int) -> Message:
+    def _message(
+        self, personal: bool, partition: int, part: Submodel, content: RecordDict, server_round: int
+    ) -> Message:
         message = self._strategy.federation.message(partition, content, "evaluate", server_round)
         self._sent[personal, partition] = part, num_bytes(message)
         return message

@@ -44,7 +44,7 @@ def main(megabytes: int, measure: bool) -> dict[str, object]:
     part = extract(task.layout, assignment.submodel, server_app.initial_arrays(task, "", 1))
     flat = to_array(flatten(task.layout, assignment.submodel, part))
     del part
-    message = as_message(job_content(flat, assignment, 7, 1, TRANSFORM))
+    message = as_message(job_content({"part": flat}, assignment, 7, 1, TRANSFORM))
     node = {"partition-id": 0, "num-partitions": 4, "memory-bytes": 8e9, "measure-memory": measure}
     context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=config)
     client_app._work(message, context)  # the base: everything is imported, the network traced, the data loaded

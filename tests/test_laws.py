@@ -435,8 +435,8 @@ def test_law_7_messages_are_little_more_than_their_numbers(name: str) -> None:
         submodel = prefix_ratio(layout, rate)
         flat = np.zeros(num_parameters(layout, submodel), dtype=np.float32)
         limit = 1.02 * 4 * num_parameters(layout, submodel) + 256 * len(layout.shapes)
-        job = job_content(to_array(flat), Assignment(submodel, "a", {"ratio": rate}), 2**32 - 1, 1000, extra)
-        update = update_content(Update(submodel, flat, 1234.0, {"train-loss": 0.5, "macs": 1e12}))
+        job = job_content({"part": to_array(flat)}, Assignment(submodel, "a", {"ratio": rate}), 2**32 - 1, 1000, extra)
+        update = update_content(Update(submodel, flat, 1234.0, {"train-loss": 0.5, "macs": 1e12}), layout)
         for kind, content in {"train": job, "reply": update}.items():
             message = as_message(content)
             serialised = len(recorddict_to_proto(message.content).SerializeToString())

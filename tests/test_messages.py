@@ -76,7 +76,7 @@ def test_received_arrays_are_views() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"dtype": "int64"}, "arrays must be float32 or float64 as 'flexfed.raw', got 'int64'"),
+        ({"dtype": "int64"}, "arrays must be float32 or float64 or int8 or uint8 as 'flexfed.raw', got 'int64'"),
         ({"dtype": "object"}, "got 'object'"),
         ({"stype": "numpy.ndarray"}, "got 'float32' as 'numpy.ndarray'"),
         ({"shape": (3,)}, r"an array of shape \(3,\) should have 12 bytes, got 16"),
@@ -105,7 +105,7 @@ def test_a_job_survives_the_trip() -> None:
     arrays = extract(LAYOUT, part(), random_arrays(LAYOUT, np.random.default_rng(0)))
     config = {"ratio": 0.5, "levels": [b"\0", b"\1"]}
     flat = to_array(flatten(LAYOUT, part(), arrays))
-    content = job_content(flat, Assignment(part(), "b", config), 2**32 - 1, 3, {"num-classes": 3})
+    content = job_content({"part": flat}, Assignment(part(), "b", config), 2**32 - 1, 3, {"num-classes": 3})
     device = Device(4, capacity=0.5)
     job = read_job(content, LAYOUT, device)
     assert np.array_equal(job.submodel.units, part().units)
@@ -117,7 +117,7 @@ def test_a_job_survives_the_trip() -> None:
 
 def test_messages_of_one_round_share_the_numbers_but_no_record() -> None:
     flat = to_array(np.zeros(3, dtype=np.float32))
-    one, other = (job_content(flat, Assignment(full(LAYOUT), "full"), seed, 1, {}) for seed in (1, 2))
+    one, other = (job_content({"part": flat}, Assignment(full(LAYOUT), "full"), seed, 1, {}) for seed in (1, 2))
     assert one.array_records["arrays"]["part"].data is other.array_records["arrays"]["part"].data
     assert one.config_records["config"] is not other.config_records["config"]
     assert one.config_records["config"]["seed"] == 1
@@ -125,7 +125,7 @@ def test_messages_of_one_round_share_the_numbers_but_no_record() -> None:
 
 def test_an_update_survives_the_trip() -> None:
     sent = update()
-    back = read_update(update_content(sent), LAYOUT)
+    back = read_update(update_content(sent, LAYOUT), LAYOUT)
     assert np.array_equal(back.submodel.units, sent.submodel.units)
     assert back.difference.tobytes() == sent.difference.tobytes()
     assert (back.weight, back.metrics) == (sent.weight, sent.metrics)
@@ -135,7 +135,7 @@ def test_an_update_survives_the_trip() -> None:
 def test_what_an_update_tells_travels_and_what_its_client_keeps_does_not() -> None:
     part = Part(update().submodel, {})
     sent = replace(update(), told={"ranking": b"\1\0"}, state={"scores": np.ones(3)}, trained=part)
-    content = update_content(sent)
+    content = update_content(sent, LAYOUT)
     back = read_update(content, LAYOUT)
     assert back.told == {"ranking": b"\1\0"}
     assert (back.state, back.trained) == ({}, None)
@@ -144,13 +144,13 @@ def test_what_an_update_tells_travels_and_what_its_client_keeps_does_not() -> No
 
 
 def without(record: str) -> RecordDict:
-    content = update_content(update())
+    content = update_content(update(), LAYOUT)
     del content[record]
     return content
 
 
 def replaced(record: str, value: Any) -> RecordDict:
-    content = update_content(update())
+    content = update_content(update(), LAYOUT)
     content[record] = value
     return content
 
@@ -162,8 +162,8 @@ def replaced(record: str, value: Any) -> RecordDict:
         (without("arrays"), "reply lacks 'arrays'"),
         (without("submodel"), "reply lacks 'submodel'"),
         (without("metrics"), "reply lacks 'metrics'"),
-        (replaced("arrays", ArrayRecord()), "reply lacks 'part'"),
-        (replaced("metrics", MetricRecord({"macs": 1})), "must be finite numbers, got weight nan"),
+        (replaced("arrays", ArrayRecord()), "a part as float32 has the arrays part; got"),
+        (replaced("metrics", MetricRecord({"macs": 1})), "must be finite numbers, got {'weight': nan}"),
         (replaced("metrics", MetricRecord({"weight": math.nan})), "must be finite numbers"),
         (replaced("metrics", MetricRecord({"weight": 1.0, "macs": math.inf})), "must be finite numbers"),
         (replaced("metrics", MetricRecord({"weight": [1.0, 2.0]})), "must be finite numbers"),
@@ -185,7 +185,7 @@ def test_replies_that_are_no_update_are_refused(content: RecordDict, match: str)
 
 
 def test_bytes_are_those_of_numbers_names_and_bits() -> None:
-    content = update_content(update())
+    content = update_content(update(), LAYOUT)
     numbers = update().difference.nbytes
     assert numbers < num_bytes(as_message(content)) < numbers + 100
 

@@ -413,7 +413,7 @@ def server(strategy: str, devices: Mapping[int, Device], batch_size: int = 8, **
     task = replace(task_for(strategy, batch_size), method=experiment.method)
     made = STRATEGIES[strategy](experiment, task, load_server(experiment.data))
     made.federation.devices, made.federation.nodes = dict(devices), {p: 100 + p for p in devices}
-    made.begin(ARRAYS)
+    made.begin(ARRAYS, InProcessGrid(client_app.app, 1))
     return made
 
 

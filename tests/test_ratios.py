@@ -14,12 +14,14 @@ import pytest
 from flwr.app import Message
 from toy import DIGITS, QUICK, failure, final_model, lines, random_arrays, run_toy, same_bits, toy_task
 
+import client_app
 from flexfed.bandits import BanditConfig
 from flexfed.checkpoint import load_checkpoint
 from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import load_server
 from flexfed.devices import Device
+from flexfed.flower.grid import InProcessGrid
 from flexfed.jobs import Assignment, Task, Update
 from flexfed.methods import METHODS
 from flexfed.ratios import AllOfIt, OneBanditEach, Outcome, ratio_policy
@@ -57,7 +59,7 @@ def server(strategy: str, devices: Mapping[int, Device], **values: Any) -> Any:
     experiment = Experiment.read({key.replace("_", "-"): value for key, value in given.items()})
     made = STRATEGIES[strategy](experiment, task_of(strategy), load_server(experiment.data))
     made.federation.devices = dict(devices)
-    made.begin(ARRAYS)
+    made.begin(ARRAYS, InProcessGrid(client_app.app, 1))
     return made
 
 

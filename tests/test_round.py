@@ -35,6 +35,7 @@ from flexfed.cost import num_parameters
 from flexfed.data import DataConfig, load_server, normalisation, normalise
 from flexfed.flower.grid import InProcessGrid
 from flexfed.flower.messages import code_fingerprint, to_record_of_arrays
+from flexfed.jobs import Assignment
 from flexfed.methods import METHODS
 from flexfed.submodel import Submodel, full, pack, unpack
 from flexfed.training import evaluate
@@ -155,11 +156,11 @@ def every_tensor_named(submodel: Submodel) -> Submodel:
 FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message], str]] = {
     "nan": ("fedavg", numbers(one(np.nan)), "1 of 57706 numbers are NaN or infinite"),
     "infinity": ("fedavg", numbers(one(np.inf)), "1 of 57706 numbers are NaN or infinite"),
-    "one number": ("fedavg", numbers(lambda v: v[:1]), r"a difference of 57706 numbers is expected, got shape \(1,\)"),
-    "one too few": ("fedavg", numbers(lambda v: v[:-1]), "a difference of 57706 numbers is expected"),
+    "one number": ("fedavg", numbers(lambda v: v[:1]), r"part should be 57706 numbers .* got shape \(1,\)"),
+    "one too few": ("fedavg", numbers(lambda v: v[:-1]), r"part should be 57706 numbers .* got shape \(57705,\)"),
     "two axes": ("fedavg", numbers(lambda v: v[None]), r"got shape \(1, 57706\)"),
-    "doubles": ("fedavg", numbers(lambda v: v.astype(np.float64)), "must be float32, got float64"),
-    "integers": ("fedavg", put("arrays", array("int32")), "must be float32 or float64 .* got 'int32'"),
+    "doubles": ("fedavg", numbers(lambda v: v.astype(np.float64)), "57706 numbers of float32 .* of float64"),
+    "integers": ("fedavg", put("arrays", array("int32")), "must be float32 or .* got 'int32'"),
     "encoding": ("fedavg", put("arrays", array(stype="pickle")), "got 'float32' as 'pickle'"),
     "no arrays": ("fedavg", drop("arrays"), "reply lacks 'arrays'"),
     "no submodel": ("fedavg", drop("submodel"), "reply lacks 'submodel'"),
@@ -495,10 +496,10 @@ def test_few_parts_are_held_where_every_client_has_its_own(tmp_path: Path, monke
     held: list[int] = []
     part = strategies.base.SubmodelStrategy.part
 
-    def counted(self: Any, parts: dict[bytes, Array], submodel: Submodel) -> Array:
-        found = part(self, parts, submodel)
+    def counted(self: Any, parts: strategies.base.Parts, assignment: Assignment) -> dict[str, Array]:
+        found = part(self, parts, assignment)
         held.append(len(parts))
-        assert parts[submodel.key] is found
+        assert parts[assignment.submodel.key, assignment.codec] is found
         return found
 
     monkeypatch.setattr(strategies.base.SubmodelStrategy, "part", counted)

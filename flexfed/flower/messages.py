@@ -14,16 +14,18 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from flexfed.batchnorm import Statistics
+from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device, from_record, to_record
 from flexfed.jobs import Assignment, Job, Update
-from flexfed.submodel import pack, unflatten, unpack
+from flexfed.submodel import Submodel, pack, unflatten, unpack
 from flexfed.training import Evaluation
 from flexfed.units import Arrays, Layout
 
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 _RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
-_DTYPES = ("float32", "float64")
+_FLOATS = ("float32", "float64")
+_DTYPES = (*_FLOATS, "int8", "uint8")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt|Exit)\b", re.MULTILINE)
 _WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(?:'|\")?(.*?)(?:'|\")?>")
@@ -38,7 +40,7 @@ def from_array(array: Array) -> np.ndarray:
     """A read-only view of an array that `to_array` made.
 
     Raises:
-        ValueError: another encoding, a type that is not a floating-point one, or bytes that do not fit the shape.
+        ValueError: another encoding, a type that never travels, or bytes that do not fit the shape.
     """
     if array.stype != _RAW or array.dtype not in _DTYPES:
         raise ValueError(f"arrays must be {' or '.join(_DTYPES)} as {_RAW!r}, got {array.dtype!r} as {array.stype!r}")
@@ -55,8 +57,41 @@ def to_record_of_arrays(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def from_record_of_arrays(record: ArrayRecord) -> Arrays:
-    """Undo `to_record_of_arrays`; views."""
-    return {name: from_array(array) for name, array in record.items()}
+    """Undo `to_record_of_arrays`; views.
+
+    Raises:
+        ValueError: one is not floating-point.
+    """
+    arrays = {name: from_array(array) for name, array in record.items()}
+    for name, values in arrays.items():
+        if str(values.dtype) not in _FLOATS:
+            raise ValueError(f"array {name!r} should be {' or '.join(_FLOATS)}, got {values.dtype}")
+    return arrays
+
+
+def encoded(
+    codec: str, layout: Layout, submodel: Submodel, flat: np.ndarray, rng: np.random.Generator | None = None
+) -> dict[str, Array]:
+    """A flat part for the wire; see `flexfed.codecs`.
+
+    Args:
+        codec: by name.
+        layout: the network's numbering.
+        submodel: what the part holds.
+        flat: its numbers.
+        rng: rounds at random, unbiased; None = to the nearest.
+    """
+    arrays = CODECS[codec].encode(flat, pieces(layout, submodel), rng)
+    return {name: to_array(values) for name, values in arrays.items()}
+
+
+def decoded(codec: str, layout: Layout, submodel: Submodel, record: ArrayRecord) -> np.ndarray:
+    """Undo `encoded`: float32, believing nothing.
+
+    Raises:
+        ValueError: it is not such a part as that codec writes it.
+    """
+    return CODECS[codec].decode({n: from_array(array) for n, array in record.items()}, pieces(layout, submodel))
 
 
 @lru_cache(maxsize=1)
@@ -86,24 +121,48 @@ def check_code(config: Mapping[str, Any]) -> None:
 
 
 def job_content(
-    flat: Array, assignment: Assignment, seed: int, server_round: int, extra: Mapping[str, Any]
+    part: Mapping[str, Array],
+    assignment: Assignment,
+    seed: int,
+    server_round: int,
+    extra: Mapping[str, Any],
+    known: bytes = b"",
 ) -> RecordDict:
-    """A job's records. `flat` may be shared between messages, the records may not."""
+    """A job's records.
+
+    Args:
+        part: encoded as the assignment says; may be shared between messages, the records may not.
+        assignment: what it is.
+        seed: of this client and round.
+        server_round: counted from 1.
+        extra: what the job carries besides.
+        known: `masks_key` of the submodel whose masks this client holds: the same ones do not travel again.
+    """
     config = {"code": code_fingerprint(), "seed": seed, "round": server_round, **extra}
+    codecs = {"codec": assignment.codec, "reply-codec": assignment.reply_codec}
+    config |= {key: name for key, name in codecs.items() if name not in ("", PLAIN)}
     return RecordDict(
         {
-            "arrays": ArrayRecord({"part": flat}),
-            "submodel": ConfigRecord(cast(Any, pack(assignment.submodel))),
+            "arrays": ArrayRecord(dict(part)),
+            "submodel": ConfigRecord(cast(Any, pack(assignment.submodel, known))),
             "config": ConfigRecord({**config, **{f"method.{k}": v for k, v in assignment.config.items()}}),
         }
     )
 
 
-def read_job(content: RecordDict, layout: Layout, device: Device) -> Job:
-    """A job as its client sees it."""
+def read_job(content: RecordDict, layout: Layout, device: Device, known: Submodel | None = None) -> Job:
+    """A job as its client sees it.
+
+    Args:
+        content: of the message.
+        layout: the network's numbering.
+        device: who is asked.
+        known: whose masks this client holds.
+    """
     config = content.config_records["config"]
-    submodel = unpack(layout, cast(Any, content.config_records["submodel"]))
-    part = unflatten(layout, submodel, from_array(content.array_records["arrays"]["part"]))
+    submodel = unpack(layout, cast(Any, content.config_records["submodel"]), known)
+    codec, reply_codec = (str(config.get(key, PLAIN)) for key in ("codec", "reply-codec"))
+    part = unflatten(layout, submodel, decoded(codec, layout, submodel, content.array_records["arrays"]))
     own = {k.removeprefix("method."): v for k, v in config.items() if k.startswith("method.")}
     return Job(
         submodel,
@@ -112,18 +171,28 @@ def read_job(content: RecordDict, layout: Layout, device: Device) -> Job:
         cast(Any, own),
         int(cast(int, config["seed"])),
         int(cast(int, config["round"])),
+        codec=codec,
+        reply_codec=reply_codec,
     )
 
 
-def update_content(update: Update) -> RecordDict:
-    """A reply's records; of the private state only that there is one."""
+def update_content(update: Update, layout: Layout, job: Job | None = None) -> RecordDict:
+    """A reply's records; of the private state only that there is one.
+
+    Args:
+        update: what was learned.
+        layout: the network's numbering.
+        job: what was asked: it says how the reply is to be encoded, and its masks do not travel back.
+    """
+    codec = PLAIN if job is None else job.reply_codec
+    rng = None if job is None else np.random.default_rng([job.seed, 7])  # rounding at random: the mean is unbiased
     metrics = {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
     if update.state:
         metrics["kept-state"] = 1.0
     content = RecordDict(
         {
-            "arrays": ArrayRecord({"part": to_array(update.difference)}),
-            "submodel": ConfigRecord(cast(Any, pack(update.submodel))),
+            "arrays": ArrayRecord(encoded(codec, layout, update.submodel, update.difference, rng)),
+            "submodel": ConfigRecord(cast(Any, pack(update.submodel, job.submodel.masks_key if job else b""))),
             "metrics": MetricRecord(cast(Any, metrics)),
         }
     )
@@ -140,27 +209,35 @@ def _record(content: RecordDict, name: str, kind: type[R]) -> R:
     return record
 
 
-def read_update(content: RecordDict, layout: Layout) -> Update:
-    """A reply, checked as far as it can be without knowing what was sent.
+def read_update(content: RecordDict, layout: Layout, asked: Assignment | None = None) -> Update:
+    """A reply, checked as far as it can be without asking the method.
+
+    Args:
+        content: of the message.
+        layout: the network's numbering.
+        asked: what was sent, and how the reply is to be encoded.
 
     Raises:
         ValueError: records are missing, or do not hold what a reply holds.
     """
     try:
-        flat = from_array(_record(content, "arrays", ArrayRecord)["part"])
+        arrays = _record(content, "arrays", ArrayRecord)
         packed = _record(content, "submodel", ConfigRecord)
         metrics = dict(_record(content, "metrics", MetricRecord))
         told = dict(_record(content, "told", ConfigRecord)) if "told" in content else {}
     except KeyError as missing:
         raise ValueError(f"reply lacks {missing}; expected arrays/part, submodel and metrics/weight") from missing
     weight = metrics.pop("weight", math.nan)
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in [weight, *metrics.values()]):
-        raise ValueError(f"weight and metrics of a reply must be finite numbers, got weight {weight} and {metrics}")
+    told_numbers = {"weight": weight, **metrics}
+    wrong = {k: v for k, v in told_numbers.items() if not (isinstance(v, int | float) and math.isfinite(v))}
+    if wrong:  # the others may depend on the clock, and this reason stands in the record of the run
+        raise ValueError(f"weight and metrics of a reply must be finite numbers, got {wrong}")
     if weight <= 0:  # type: ignore[operator]
         raise ValueError(f"weight of a reply must be > 0, got {weight}")
     if not all(isinstance(value, bytes) for value in [*packed.values(), *told.values()]):
         raise ValueError("the submodel of a reply, and what it tells besides, must be bytes")
-    submodel = unpack(layout, cast(Any, packed))
+    submodel = unpack(layout, cast(Any, packed), asked.submodel if asked else None)
+    flat = decoded((asked.reply_codec if asked else "") or PLAIN, layout, submodel, arrays)
     return Update(submodel, flat, float(cast(float, weight)), cast(Any, metrics), told=cast(Any, told))
 
 

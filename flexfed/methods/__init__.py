@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from flexfed.jobs import LocalUpdate
 from flexfed.methods import fedavg, fedlps, fedrolex, flexfl, heterofl
@@ -16,6 +17,7 @@ class Method:
         config: its knobs.
         prefix: of their keys in the configuration.
         local_update: its work on the client.
+        actions: further work of its client, by name: `SubmodelStrategy.ask` asks for it in messages `train.<name>`.
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
         ratio_policy: its default.
         personal: by default, which models of their own its clients test.
@@ -27,6 +29,7 @@ class Method:
     any_width: bool = False
     ratio_policy: str = "level"
     personal: str = "none"
+    actions: Mapping[str, LocalUpdate] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {
