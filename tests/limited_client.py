@@ -39,7 +39,7 @@ def main(megabytes: int, measure: bool) -> dict[str, object]:
     experiment = Experiment.read(config)
     task = experiment.task(10, DIGITS)
     server = STRATEGIES["flexfl"](experiment, task, load_server(experiment.data))
-    server.prepare()
+    server.prepare(None)
     assignment = server._assignment(4)
     part = extract(task.layout, assignment.submodel, server_app.initial_arrays(task, "", 1))
     flat = to_array(flatten(task.layout, assignment.submodel, part))

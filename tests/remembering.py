@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from flwr.serverapp import Grid
 
 import server_app
 from flexfed.checkpoint import State
@@ -48,7 +49,7 @@ class Remembering(HeteroFL):
     momentum: Arrays
     counts: dict[str, int]
 
-    def prepare(self) -> None:
+    def prepare(self, grid: Grid) -> None:
         self.momentum = {n: np.zeros(shape, dtype=np.float32) for n, shape in self.task.layout.shapes.items()}
         self.counts = {}
 

@@ -101,7 +101,7 @@ def test_law_11_over_random_fleets(strategy: str, policy: str, deadline: float) 
     for server_round in range(1, 9):
         chosen = server(strategy, ratio_policy=policy, round_deadline=deadline)
         chosen.federation.devices = devices = random_fleet(rng)
-        chosen.prepare()
+        chosen.prepare(None)
         chosen._arrays = ARRAYS
         left_out += sum(not chosen.can_train(device) for device in devices.values())
         for partition, assignment in chosen.assign(server_round, devices, rng).items():
@@ -124,7 +124,7 @@ def test_law_11_over_random_fleets(strategy: str, policy: str, deadline: float) 
 def test_a_budget_buys_the_largest_part_that_fits(strategy: str) -> None:
     """The next step up is too much; a device that tells nothing gets everything."""
     chosen = server(strategy, ratio_policy="budget", round_deadline=3.0)
-    chosen.prepare()
+    chosen.prepare(None)
     rng = np.random.default_rng(3)
     bound = 0
     for device in [d for _ in range(6) for d in random_fleet(rng, 29).values()]:
@@ -145,7 +145,7 @@ def test_a_budget_buys_the_largest_part_that_fits(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", WIDTH_METHODS)
 def test_cost_never_falls_as_the_ratio_rises(strategy: str) -> None:
     chosen = server(strategy, ratio_policy="budget")
-    chosen.prepare()
+    chosen.prepare(None)
     parts = [chosen.part_at(k / STEPS, 1) for k in range(1, STEPS + 1)]
     for cost in (chosen.budget.share, chosen.budget.memory, chosen.task.macs, chosen.macs_beside):
         assert all(a <= b for a, b in pairwise(map(cost, parts))), cost
@@ -155,7 +155,7 @@ def test_cost_never_falls_as_the_ratio_rises(strategy: str) -> None:
 def test_flexfls_part_is_as_large_as_a_uniform_one_of_the_ratio() -> None:
     """So that a ratio means the same for every method; the widths differ."""
     chosen, uniform = server("flexfl", ratio_policy="budget"), server("heterofl")
-    chosen.prepare()
+    chosen.prepare(None)
     for ratio in (0.25, 0.5, 0.75):
         mine, theirs = chosen.part_at(ratio, 1), uniform.part_at(ratio, 1)
         assert mine != theirs
@@ -278,7 +278,7 @@ def test_testing_needs_memory_of_its_own() -> None:
             for memory in np.linspace(20, 40, 41) * MB:
                 device = Device(0, memory_bytes=float(memory))
                 chosen.federation.devices = chosen.devices = {0: device}
-                chosen.prepare()
+                chosen.prepare(None)
                 name = chosen.level_for_evaluation(device)
                 if name is not None:
                     part = chosen.levels()[name]

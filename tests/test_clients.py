@@ -47,7 +47,7 @@ class Bench:
         experiment = Experiment.read({**values, **{f"flexfl.{k.replace('_', '-')}": v for k, v in knobs.items()}})
         self.task: Task = experiment.task(10, DIGITS)
         self.server: Any = STRATEGIES["flexfl"](experiment, self.task, load_server(experiment.data))
-        self.server.prepare()
+        self.server.prepare(None)
         self.pool: Mapping[str, Submodel] = self.server.levels()
         self.arrays = server_app.initial_arrays(self.task, "", 3)
         self.data: ClientData = load_client(DataConfig(partition="iid"), 0, 8)

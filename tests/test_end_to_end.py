@@ -65,7 +65,7 @@ def test_what_a_reply_weighs(name: str, weights: str | None, expected: float) ->
 
 def test_flexfl_devices_test_the_main_level_that_they_nominally_hold() -> None:
     strategy = strategy_of("flexfl", **{"flexfl.scores": "0.5"})
-    strategy.prepare()
+    strategy.prepare(None)
     fleet = load_fleet("skewed")
     held = [strategy.level_for_evaluation(fleet.device(partition, 20, 1)) for partition in range(20)]
     assert held == ["S"] * 12 + ["M"] * 6 + ["L"] * 2

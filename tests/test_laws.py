@@ -541,7 +541,7 @@ def test_law_11_nobody_is_sent_more_than_it_holds(strategy: str) -> None:
         devices = {int(p): Device(int(p), capacity=float(c)) for p, c in enumerate(capacities)}
         server.federation.devices = devices
         if server_round == 1:
-            server.prepare()
+            server.prepare(None)
         for partition, assignment in server.assign(server_round, devices, rng).items():
             size = num_parameters(layout, assignment.submodel) / num_parameters(layout, full(layout))
             smallest = assignment.level == "S"
