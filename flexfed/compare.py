@@ -78,6 +78,14 @@ class Row:
         found = {seed: _summary(run)[part].get(metric) for seed, run in sorted(self.runs.items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def values_within(self, num_bytes: float, metric: str) -> dict[int, float]:
+        """Seed -> a metric as it stood when so many bytes had travelled: the mean of the last ten rounds before that.
+
+        Training's bytes count, both ways, with what travelled before round 1; those of evaluations do not.
+        """
+        found = {seed: _mean_within(run, num_bytes, metric) for seed, run in sorted(self.runs.items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
     def leaves_devices_out(self, metric: str) -> bool:
         """Whether a mean over devices is one over the strong devices only."""
         return any(leaves_devices_out(run.summary, metric) for run in self.runs.values())
@@ -97,6 +105,7 @@ class Comparison:
         rows: in the order of the table.
         baseline: name of a row; None = no differences.
         metrics: names as in summary.json.
+        megabytes: amounts of data after which the first metric is compared, too.
         notes: sentences for the reader, under the tables.
     """
 
@@ -105,11 +114,23 @@ class Comparison:
     baseline: str | None
     metrics: Sequence[str]
     notes: Sequence[str] = ()
+    megabytes: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         names = [row.name for row in self.rows]
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline {self.baseline!r} is no row; rows: {', '.join(names)}")
+
+
+def _mean_within(run: Run, num_bytes: float, metric: str) -> float | None:
+    travelled, values = 0.0, []
+    for line in run.rounds:
+        travelled += line.get("bytes-down", 0) + line.get("bytes-up", 0)
+        if travelled > num_bytes:
+            break
+        values.append(line.get(metric))
+    known = [value for value in values[-10:] if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _summary(run: Run) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from flexfed.overrides import Scalar, check_known, flatten, near_matches, read_t
 from flexfed.runs import Run, find_runs, load_run, write_atomic
 
 MARKER = "finished.json"
-_KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "base", "row")
+_KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "megabytes", "base", "row")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Suite:
         baseline: the row that the others are measured against; None = no differences.
         supernodes: simulated clients.
         metrics: columns; names as in summary.json.
+        megabytes: amounts of data after which the first metric is compared, too.
         rows: row -> its overrides, those of [base] included.
         runs_dir: where the suite's folder goes.
     """
@@ -38,6 +39,7 @@ class Suite:
     metrics: tuple[str, ...]
     rows: Mapping[str, Mapping[str, Scalar]]
     runs_dir: Path
+    megabytes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
         supernodes=_read_supernodes(path, table.get("supernodes", 20)),
         metrics=tuple(table.get("metrics", ("accuracy", "accuracy-levels"))),
         rows=rows,
+        megabytes=_read_megabytes(path, table.get("megabytes", [])),
         runs_dir=Path(str(base.get("runs-dir", known.get("runs-dir", "~/.flexfed/runs")))).expanduser(),
     )
 
@@ -97,6 +100,13 @@ def _read_supernodes(path: Path, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{path.name}: supernodes must be a whole number >= 1, got {value!r}")
     return value
+
+
+def _read_megabytes(path: Path, values: Any) -> tuple[float, ...]:
+    wrong = not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values)
+    if wrong or any(value <= 0 for value in values):
+        raise ValueError(f"{path.name}: megabytes must be a list of numbers > 0, got {values!r}")
+    return tuple(float(value) for value in values)
 
 
 def _read_rows(
@@ -210,7 +220,8 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
     _check_metrics(suite, [run for by_seed in found.values() for run in by_seed.values()])
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
     notes += [f"Runs still missing: {missing}."] if missing else []
-    return Comparison(suite.name, [Row(*item) for item in found.items()], suite.baseline, suite.metrics, notes)
+    rows = [Row(*item) for item in found.items()]
+    return Comparison(suite.name, rows, suite.baseline, suite.metrics, notes, suite.megabytes)
 
 
 def _check_metrics(suite: Suite, runs: Sequence[Run]) -> None:

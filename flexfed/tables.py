@@ -39,6 +39,8 @@ def tables(comparison: Comparison) -> list[TextTable]:
     found = [_accuracy_table(comparison)]
     if comparison.baseline is not None and len(comparison.rows) > 1:
         found.append(_difference_table(comparison))
+    if comparison.megabytes:
+        found.append(_bytes_table(comparison))
     return [*found, _cost_table(comparison)]
 
 
@@ -92,6 +94,23 @@ def _difference_cell(row: Row, baseline: Row, metric: str) -> str:
     spread = "" if deviation is None else f" ± {_number(metric, deviation)}"
     signs = "".join("+" if value > 0 else "-" if value < 0 else "0" for value in differences.values())
     return f"{_number(metric, mean, '+')}{spread} ({signs})"
+
+
+def _bytes_table(comparison: Comparison) -> TextTable:
+    metric = comparison.metrics[0]
+    body = [[row.name, *(_bytes_cell(row, 1e6 * mb, metric) for mb in comparison.megabytes)] for row in comparison.rows]
+    caption = (
+        f"{metric.capitalize()} by data: mean of the ten rounds before so much had travelled for training, both ways, "
+        "what came before round 1 included; mean over seeds ± standard deviation (n - 1)."
+    )
+    return TextTable(caption, ["method", *(f"{mb:g} MB" for mb in comparison.megabytes)], body)
+
+
+def _bytes_cell(row: Row, num_bytes: float, metric: str) -> str:
+    mean, deviation = mean_and_deviation(row.values_within(num_bytes, metric).values())
+    if mean is None:
+        return "-"
+    return _number(metric, mean) + ("" if deviation is None else f" ± {_number(metric, deviation)}")
 
 
 def _cost_table(comparison: Comparison) -> TextTable:

@@ -135,6 +135,19 @@ def test_one_seed_has_no_deviation_and_absent_metrics_are_dashes():
     assert cell(found, 2, "none", "sent back") == "-"
 
 
+def test_accuracy_by_data_stops_where_the_data_stops():
+    rounds = [{"round": n, "accuracy": n / 100, "bytes-down": 6e5, "bytes-up": 4e5} for n in range(1, 15)]
+    rounds[0]["bytes-down"] += 2e6  # exploration
+    long = Run(Path("r"), CONFIG, rounds, {}, summarise(rounds, {"seed": 1}))
+    one = Row("a", {1: long})
+    assert one.values_within(2.9e6, "accuracy") == {}
+    assert one.values_within(3e6, "accuracy") == {1: pytest.approx(0.01)}
+    assert one.values_within(5.5e6, "accuracy") == {1: pytest.approx(0.02)}  # rounds 1, 2 and 3
+    assert one.values_within(14e6, "accuracy") == {1: pytest.approx(sum(range(3, 13)) / 1000)}
+    table = tables(Comparison("t", [one], None, ["accuracy"], megabytes=[1, 5.5]))[1]
+    assert (table.head, table.body) == (["method", "1 MB", "5.5 MB"], [["a", "-", "2.0"]])
+
+
 def test_losses_are_no_percentages():
     found = Comparison("t", [Row("a", {1: run(loss=0.25)})], None, ["loss"])
     assert cell(found, 0, "a", "loss") == "0.250 (0.250)"
