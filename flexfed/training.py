@@ -101,6 +101,9 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Step = Callable[[torch.optim.Optimizer], None]
 """What follows a batch's backward pass: an update of the weights, and of whatever a method learns beside them."""
 
+GoOn = Callable[[float], bool]
+"""Mean loss of an epoch -> whether another may follow."""
+
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Plain cross-entropy of one batch."""
@@ -125,6 +128,11 @@ def plain_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def always(_: float) -> bool:
+    """All epochs."""
+    return True
+
+
 def use_batch_statistics(model: nn.Module) -> nn.Module:
     """Batch norm without running statistics, in training and in evaluation; in place."""
     for module in model.modules():
@@ -142,6 +150,7 @@ def fit(
     rng: np.random.Generator,
     loss: Loss = cross_entropy,
     step: Step = plain_step,
+    go_on: GoOn = always,
 ) -> FitResult:
     """Train a network in place, with a fresh optimiser.
 
@@ -153,6 +162,7 @@ def fit(
         rng: draws the order of samples.
         loss: of one batch.
         step: what follows each backward pass, after gradients were clipped.
+        go_on: asked after each epoch: early stopping.
 
     Raises:
         ValueError: fewer than two samples (batch norm has no statistics then).
@@ -179,6 +189,8 @@ def fit(
                 in_epoch += len(batch.labels)
             seen += in_epoch
             right.append(correct / in_epoch)
+            if not go_on(loss_sum / in_epoch):
+                break
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the network
     return FitResult(loss_sum / in_epoch, seen, float(np.mean(right)))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexfed.models.autoflip import autoflip_cnn
 from flexfed.models.fedlps import fedlps_cnn, fedlps_vgg
 from flexfed.models.flexfl import flexfl_mobilenetv2, flexfl_resnet34, flexfl_vgg16
 from flexfed.models.heterofl import heterofl_conv, heterofl_resnet18
@@ -31,6 +32,8 @@ MODELS: dict[str, Builder] = {
     "fedlps-vgg11": partial(fedlps_vgg, depth=11),
     "fedlps-vgg13": partial(fedlps_vgg, depth=13),
     "fedlps-vgg16": partial(fedlps_vgg, depth=16),
+    "autoflip-cnn": autoflip_cnn,
+    "autoflip-cnn-128": partial(autoflip_cnn, width=128),
     "cnn": cnn,
     "cnn1d": cnn1d,
 }
