@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from strategies.autoflip import AutoFLIP
 from strategies.base import SubmodelStrategy
 from strategies.fedavg import Exclusive, FedAvg, Small
 from strategies.fedlps import FedLPS
@@ -10,6 +11,7 @@ from strategies.flexfl import FlexFL
 from strategies.heterofl import HeteroFL
 
 STRATEGIES: dict[str, type[SubmodelStrategy]] = {
+    "autoflip": AutoFLIP,
     "exclusive": Exclusive,
     "fedavg": FedAvg,
     "fedlps": FedLPS,

@@ -42,6 +42,7 @@ SUMMARY = {
     "failed",
 }
 LEVELS = {
+    "autoflip": {"full"},
     "exclusive": {"full"},
     "fedavg": {"full"},
     "fedlps": {"full"},
