@@ -110,7 +110,8 @@ class AutoFLIP(FedAvg):
         Raises:
             ValueError: nobody explored.
         """
-        self.ask(grid, "explore", {p: Assignment(self._whole, "full") for p in self._chosen()}, self._receive)
+        job = Assignment(self._whole, "full", reply_codec="float32")  # squares span many magnitudes: exact in any run
+        self.ask(grid, "explore", dict.fromkeys(self._chosen(), job), self._receive)
         if not self._explored:
             raise ValueError(
                 "no device has explored: none can train the whole network with autoflip.explore-optimizer, or all that "

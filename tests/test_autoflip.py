@@ -125,6 +125,12 @@ def test_mask_of_the_worked_example_weighted_by_samples() -> None:
     assert_masks(cut.masks, ([[1, 0, 1], [1, 1, 1]], [1, 0], [[0, 1], [1, 1]], [0, 1]))
 
 
+def test_a_weighted_mean_is_a_mean() -> None:
+    arrays = {"a": np.array([1.0, 3.0])}, {"a": np.array([5.0, 3.0])}
+    found = mean_deviations([Deviations(30.0, arrays[0]), Deviations(10.0, arrays[1])])
+    np.testing.assert_allclose(found["a"], [2, 3])
+
+
 # --- 6.2: edges -------------------------------------------------------------------------------------------------
 
 

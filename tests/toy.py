@@ -174,6 +174,7 @@ QUICK: dict[str, Any] = {
     "local-epochs": 1,
     "batch-size": 64,
     "flexfl.pretrain-epochs": 1,
+    "autoflip.explore-epochs": 1,
 }
 Alter = Callable[[Message, Message, int], Message | None]
 """(request, reply, partition) -> the reply that arrives, or None: it is lost."""

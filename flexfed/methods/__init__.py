@@ -33,7 +33,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "autoflip": Method(autoflip.AutoFLIPConfig, "autoflip.", autoflip.local_update),
+    "autoflip": Method(
+        autoflip.AutoFLIPConfig, "autoflip.", autoflip.local_update, actions={"explore": autoflip.explore}
+    ),
     "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update),
     "fedavg": Method(fedavg.FedAvgConfig, "fedavg.", fedavg.local_update),
     "fedlps": Method(
