@@ -324,7 +324,7 @@ def test_exploration_is_a_message_of_its_own_and_counts_in_every_total(tmp_path:
     listener = Listener()
     run = run_toy(tmp_path, "autoflip", {"num-server-rounds": 2, "autoflip.explore-epochs": 2}, alter=listener)
     asked, trained = listener.of("train.explore"), listener.of("train")
-    assert [partition for partition, *_ in asked] == [3, 2, 1, 0]
+    assert sorted(partition for partition, *_ in asked) == [0, 1, 2, 3]
     assert len(trained) == 8
     summary, (first, second) = json.loads((run / "summary.json").read_text()), lines(run)
     for key, index in (("bytes-down", 1), ("bytes-up", 2)):
@@ -394,8 +394,8 @@ def test_i9_hard_and_dense_memory_are_one_under_a_static_mask(tmp_path: Path) ->
 
 
 def test_momentum_damps_the_first_step_to_a_tenth(tmp_path: Path) -> None:
-    plain, damped = (final_model(run_toy(tmp_path, "autoflip", more)) for more in (PLAIN, {}))
-    start = initial_model(run_toy(tmp_path, "autoflip", PLAIN))
+    runs = [run_toy(tmp_path, "autoflip", more) for more in (PLAIN, {})]
+    plain, damped, start = final_model(runs[0]), final_model(runs[1]), initial_model(runs[0])
     for name in PRUNABLE:
         kept = plain[name] != 0
         assert np.array_equal(kept, damped[name] != 0)
@@ -415,7 +415,7 @@ def test_law_1_with_no_momentum_yet_nothing_moves(mode: str, tmp_path: Path) -> 
     for name, array in final_model(run).items():
         kept = array != 0
         assert array[kept].tobytes() == start[name][kept].tobytes(), name
-        assert kept.any()
+        assert kept.any() or not start[name].any()
 
 
 def test_a_diverged_explorer_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -471,10 +471,8 @@ def test_fedlex_scales_gradients_from_round_2_on_and_prunes_nothing(tmp_path: Pa
     listener = Listener()
     values = {"autoflip.fedlex": True, "num-server-rounds": 2, **PLAIN}
     run = run_toy(tmp_path, "autoflip", values, alter=listener)
-    told = [
-        ConfigRecord(request.content.config_records["config"]).get("method.guidance")
-        for _, request, _ in listener.of("train")
-    ]
+    configs = [request.content.config_records["config"] for _, request, _ in listener.of("train")]
+    told = [config.get("method.guidance") for config in configs]
     assert told[:4] == [None] * 4
     assert len(set(told[4:])) == 1
     assert len(told[4]) == 4 * NUM  # type: ignore[arg-type]
