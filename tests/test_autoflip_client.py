@@ -191,7 +191,7 @@ class Point(nn.Module):
 
 def test_masked_sgd_of_the_worked_example() -> None:
     mask = np.array([True, False, True])
-    model = Point([1.0, 0.0, 0.5])  # received masked
+    model = Point([1.0, -2.0, 0.5])  # a client receives 0 there; what decay and momentum make of -2 must not leak
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     step = masked_step(model, {"w": mask})
     for expected in ([0.899, 0, 0.5495], [0.717301, 0, 0.6385505]):

@@ -262,3 +262,19 @@ def test_batch_statistics_in_both_modes() -> None:
     inputs = samples(5).inputs
     assert torch.equal(model.train()(inputs), model.eval()(inputs))
     assert not [name for name in model.state_dict() if "running" in name or "num_batches" in name]
+
+
+def test_training_ends_when_it_is_told_to_and_hears_every_epochs_mean_loss() -> None:
+    heard: list[float] = []
+
+    def go_on(loss: float) -> bool:
+        heard.append(loss)
+        return len(heard) < 2
+
+    samples = Samples(torch.randn(10, 3, generator=torch.Generator().manual_seed(0)), torch.arange(10) % 2)
+    model = nn.Linear(3, 2)
+    training = Training(local_epochs=9, batch_size=5, learning_rate=0.1)
+    result = fit(model, samples, training, 0.1, np.random.default_rng(0), go_on=go_on)
+    assert len(heard) == 2
+    assert result.num_samples == 20
+    assert heard[-1] == result.loss

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 import client_app
 import server_app
+from flexfed.checkpoint import load_checkpoint
 from flexfed.config import Experiment
 from flexfed.flower.grid import InProcessGrid
 from flexfed.jobs import Task
 from flexfed.overrides import defaults
-from flexfed.submodel import Submodel, narrow_shapes, positions, unflatten
+from flexfed.submodel import Submodel, narrow_shapes, positions, unflatten, unpack
 from flexfed.units import Arrays, Layout, trace_layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,6 +275,23 @@ def initial_model(folder: Path, seed: int = 1) -> Arrays:
     """The model that a run began with, cut to the size of the one it left."""
     initial = server_app.initial_arrays(toy_task(), "", seed)
     return {n: initial[n][tuple(slice(k) for k in array.shape)] for n, array in final_model(folder).items()}
+
+
+def published(folder: Path, arrays: Arrays) -> Arrays:
+    """Tensors as the run would leave them in its model: zero where its last mask leaves entries out."""
+    stood = load_checkpoint(folder / "checkpoint")
+    assert stood is not None
+    masks = unpack(toy_task().layout, list(stood.levels.values())[-1]).masks
+    return {name: np.where(masks.get(name, True), array, np.float32(0)) for name, array in arrays.items()}
+
+
+def sent_part(request: Message, reply: Message | None = None) -> Submodel:
+    """The part that a job holds, or its reply, in a first round: masks that both share travel once."""
+    layout = toy_task().layout
+    sent = unpack(layout, dict(request.content.config_records["submodel"]))  # type: ignore[arg-type]
+    if reply is None:
+        return sent
+    return unpack(layout, dict(reply.content.config_records["submodel"]), sent)  # type: ignore[arg-type]
 
 
 def with_difference(reply: Message, change: Callable[[np.ndarray], np.ndarray]) -> Message:
