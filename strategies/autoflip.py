@@ -89,6 +89,11 @@ class AutoFLIP(FedAvg):
         self._explored: dict[int, tuple[float, int]] = {}  # partition -> examples, epochs
         self._part = full(self.task.layout)  # of this round; masked once there is a mask
         self._velocity: Arrays = {}
+        if self.settings.personal == "global-masked":
+            raise ValueError(
+                "personal='global-masked' says nothing new of autoflip, whose clients all have the published network: "
+                "choose 'stored-local' or 'none'"
+            )
 
     @property
     def _config(self) -> AutoFLIPConfig:
@@ -222,6 +227,10 @@ class AutoFLIP(FedAvg):
         """Whether memory and deadline allow it."""
         known = self._config.mask_mode == "static"
         return self.budget.bears(device, self._part if known else self._whole)
+
+    def can_hold(self, device: Device, own: Submodel, server_round: int) -> bool:
+        """Whether a device may test what it trained last: what it could train, masked or not, it holds."""
+        return self.can_train(device) and self.budget.tests(device, own)
 
     def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
         """A step with momentum; masked entries keep their values, or become zero."""

@@ -507,5 +507,14 @@ def test_exploration_tells_the_truth_whatever_the_runs_codec(tmp_path: Path) -> 
         assert list(reply.content.array_records["arrays"]) == ["part"]
 
 
-def test_the_strategy_is_fedavgs_kind() -> None:
-    assert issubclass(AutoFLIP, STRATEGIES["fedavg"])
+def test_clients_test_the_masked_network_that_they_trained(tmp_path: Path) -> None:
+    run = run_toy(tmp_path, "autoflip", {"personal": "stored-local", "num-server-rounds": 2, "fleet": "equal"})
+    assert all(line["clients-personal"] == 4 for line in lines(run))
+    small, large = (run_toy(tmp_path, "autoflip", {"personal": p, "fleet": "equal"}) for p in ("stored-local", "none"))
+    sent = [lines(folder)[0]["bytes-evaluation"] for folder in (small, large)]
+    assert 0 < sent[0] - sent[1] < 20_000  # their own models travel nowhere
+
+
+def test_a_personal_model_that_is_nobodys_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose 'stored-local' or 'none'"):
+        AutoFLIP(Experiment.read({"strategy": "autoflip", "personal": "global-masked"}), TASK, None)  # type: ignore[arg-type]

@@ -408,7 +408,7 @@ ARRAYS = random_arrays(toy_task().layout, np.random.default_rng(0))
 def server(strategy: str, devices: Mapping[int, Device], batch_size: int = 8, **values: Any) -> Any:
     """A server that knows its devices and has a model, and no grid."""
     InProcessGrid(client_app.app, 1)  # Flower's messages want to know their task
-    given = {**QUICK, **SMALL, "batch-size": batch_size, "strategy": strategy}
+    given = {**QUICK, **SMALL, "batch-size": batch_size, "strategy": strategy, "autoflip.score": "random"}
     experiment = Experiment.read({**given, **{k.replace("_", "-"): v for k, v in values.items()}})
     task = replace(task_for(strategy, batch_size), method=experiment.method)
     made = STRATEGIES[strategy](experiment, task, load_server(experiment.data))
@@ -458,13 +458,13 @@ def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> b
     """The level policy's own measures: the smallest level for everybody, FlexFL's targets, FedAvg's indifference."""
     name, layout, policy = strategy.settings.strategy, strategy.task.layout, strategy.settings.ratio_policy
     if "memory" in over or policy != "level":
-        return name == "fedavg" and "memory" not in over
+        return name in ("fedavg", "autoflip") and "memory" not in over
     if name in ("heterofl", "fedrolex"):
         return widths(layout, part) == widths(layout, prefix_ratio(layout, strategy.task.method.ratios[-1]))
     if name == "flexfl":
         (level,) = [i for i, pool in enumerate(strategy.levels().values()) if pool == part]
         return level == 0 or bool(strategy.task.method.level_targets[level] <= device.capacity + 1e-9)
-    return name in ("fedavg", "small")
+    return name in ("fedavg", "autoflip", "small")
 
 
 PRODUCT = [
@@ -505,7 +505,7 @@ def test_law_11_no_test_asks_for_more_than_the_device_has_in_that_round(strategy
                 assert num_parameters(layout, kept[partition]) > num_parameters(layout, sent)
                 fallbacks += 1
     assert own > 0 or strategy == "exclusive"
-    assert fallbacks > 0 or fleet == "skewed" or strategy in ("exclusive", "fedavg", "small")
+    assert fallbacks > 0 or fleet == "skewed" or strategy in ("exclusive", "fedavg", "autoflip", "small")
 
 
 @pytest.mark.parametrize("mode", ["stored-local", "global-masked"])
