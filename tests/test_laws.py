@@ -358,6 +358,7 @@ NETWORKS: dict[str, tuple[int, ...]] = {
     "heterofl-conv": IMAGE,
     "heterofl-resnet18": IMAGE,
     "fedlps-cnn": (1, 28, 28),
+    "autoflip-cnn": (1, 28, 28),
     "fedlps-vgg11": LARGER,
     "cnn": DIGITS,
     "cnn1d": (3, 200),

@@ -546,3 +546,36 @@ def test_torchvision_weights_come_from_the_cache_only(tmp_path: Path, monkeypatc
     load_weights(model, "torchvision")
     assert torch.equal(model.get_submodule("features.0").weight, donor.get_submodule("features.0").weight)
     assert model.get_submodule("classifier.1").out_channels == 10
+
+
+# --- AutoFLIP ---
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "input_shape", "size"),
+    [
+        ("autoflip-cnn", 10, (1, 28, 28), 1_663_370),
+        ("autoflip-cnn", 10, IMAGE, 1_664_970),
+        ("autoflip-cnn-128", 100, IMAGE, 9_728 + 819_456 + 6_423_040 + 51_300),
+    ],
+)
+def test_autoflip_sizes(name: str, num_classes: int, input_shape: tuple[int, ...], size: int) -> None:
+    assert count(on_meta(name, num_classes, input_shape)) == size
+    check_model(name, num_classes, input_shape)
+
+
+def test_autoflip_begins_xavier_normal_without_biases() -> None:
+    torch.manual_seed(0)
+    model = build_model("autoflip-cnn", 10, (1, 28, 28))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            fan = sum(parameter.shape[:2]) * math.prod(parameter.shape[2:])
+            assert float(parameter.detach().std()) == pytest.approx(math.sqrt(2 / fan), rel=0.05)
+
+
+def test_autoflip_takes_images_of_6x6_and_refuses_smaller_ones() -> None:
+    check_model("autoflip-cnn", 10, (1, 6, 6))
+    with pytest.raises(ValueError, match="autoflip-cnn needs images of at least 6x6, got 5x8"):
+        build_model("autoflip-cnn", 10, (1, 5, 8))

@@ -145,6 +145,26 @@ def test_law_9_with_bandits_and_models_of_the_clients_own(case: str, tmp_path: P
     assert same_bits(one, other)
 
 
+EXPLORED: dict[str, tuple[dict[str, Any], str, int]] = {
+    "before round 1 ended": ({}, "before its line", 1),
+    "static, narrow": ({"autoflip.mask-mode": "static", "autoflip.structured": "units"}, "after it", 2),
+    "fedlex": ({"autoflip.fedlex": True}, "after it", 1),
+}
+
+
+@pytest.mark.parametrize("case", EXPLORED)
+def test_law_9_what_was_explored_is_not_explored_again(case: str, tmp_path: Path) -> None:
+    more, where, server_round = EXPLORED[case]
+    values = {"strategy": "autoflip", "fraction-train": 0.5, **more}
+    never = run(tmp_path / "never", values)
+    left = killed_run(tmp_path / "killed", values, where, server_round)
+    before = {path: path.stat().st_mtime_ns for path in (left / "exploration").iterdir()}
+    go_on(left)
+    assert same_run(left, never)
+    assert before == {path: path.stat().st_mtime_ns for path in (left / "exploration").iterdir()}
+    assert len(before) == CLIENTS
+
+
 @pytest.mark.parametrize("where", ["before its line", "before its checkpoint", "after it"])
 @pytest.mark.parametrize("server_round", [1, 3])
 def test_law_9_wherever_it_was_killed(
