@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexfed.submodel import Submodel, narrow_shapes, sizes_of
+from flexfed.submodel import Submodel, narrow_sizes
 from flexfed.units import Layout
 
 _TINY = np.finfo(np.float32).tiny
@@ -47,8 +47,8 @@ class Pieces(NamedTuple):
 
 def pieces(layout: Layout, submodel: Submodel) -> Pieces:
     """The pieces of a submodel's flat part; tensors of fewer than two axes (biases, norms) are plain."""
-    shapes = narrow_shapes(layout, submodel)
-    return Pieces(tuple(sizes_of(submodel, shapes).values()), tuple(len(shape) < 2 for shape in shapes.values()))
+    sizes = narrow_sizes(layout, submodel)
+    return Pieces(tuple(sizes.values()), tuple(len(layout.shapes[name]) < 2 for name in sizes))
 
 
 def largest_code(bits: int) -> int:

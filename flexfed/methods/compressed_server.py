@@ -26,7 +26,7 @@ def pseudo_gradient(difference: np.ndarray, learning_rate: float, num_steps: int
 
 
 def fidelity_weight(num_examples: float, error: float, alpha: float) -> float:
-    """n (1 - error)^alpha: what a reply weighs whose model was so far from the global one (ours).
+    """N (1 - error)^alpha: what a reply weighs whose model was so far from the global one (ours).
 
     Args:
         num_examples: of the client.

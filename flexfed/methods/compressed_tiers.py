@@ -203,21 +203,23 @@ class TierCost:
     """What a tier asks for, whichever units and weights it keeps.
 
     Attributes:
-        model_bytes: on the wire and in storage: numbers, scales, and one bit a weight where it is pruned.
+        numbers: kept.
+        model_bytes: in storage: numbers, scales, and one bit a weight where it is pruned.
         train_bytes: these and a float32 gradient of every number kept: what a device needs that computes on the
             compressed model itself. Torch needs more: `flexfed.methods.compressed.memory_to_train`.
-        reply_bytes: of the gradient, without a mask, as float32.
-        numbers: kept.
+        down_bytes: of the model's arrays and masks on the wire.
+        up_bytes: of its gradient's, without a mask.
     """
 
+    numbers: int
     model_bytes: int
     train_bytes: int
-    reply_bytes: int
-    numbers: int
+    down_bytes: int
+    up_bytes: int
 
 
-def tier_pieces(layout: Layout, tier: Tier, scope: Scope = "layer") -> Pieces:
-    """The pieces of a tier's part. How many weights each tensor keeps is not known with "global": as with "layer"."""
+def tier_pieces(layout: Layout, tier: Tier) -> Pieces:
+    """The pieces of a tier's part; where pruning is global each tensor keeps more or less, all together the same."""
     whole = pieces(layout, prefix_ratio(layout, tier.ratio))
     if not tier.prune:
         return whole
@@ -225,13 +227,21 @@ def tier_pieces(layout: Layout, tier: Tier, scope: Scope = "layer") -> Pieces:
     return Pieces(tuple(kept), whole.plain)
 
 
-def tier_cost(layout: Layout, tier: Tier, reply_codec: str = "") -> TierCost:
-    """What a tier costs: for dense numbers of b bits ceil(kept * b / 8) bytes, and so on."""
+def tier_cost(layout: Layout, tier: Tier, run_codec: str = "float32", reply_codec: str = "float32") -> TierCost:
+    """What a tier costs: for dense numbers of b bits ceil(kept * b / 8) bytes, and so on.
+
+    Args:
+        layout: the network's numbering.
+        tier: the compressor.
+        run_codec: how tiers that are not quantised travel, both ways.
+        reply_codec: how the gradients of quantised ones do.
+    """
     here = tier_pieces(layout, tier)
     shapes = narrow_shapes(layout, prefix_ratio(layout, tier.ratio)).values()
     mask_bytes = sum(-(-math.prod(shape) // 8) for shape in shapes if len(shape) > 1) if tier.prune else 0
-    model_bytes = CODECS[tier.codec or "float32"].num_bytes(here) + mask_bytes
-    numbers = sum(here.sizes)
-    return TierCost(
-        model_bytes, model_bytes + 4 * numbers, CODECS[reply_codec or "float32"].num_bytes(here), numbers
+    model, down, up = (
+        CODECS[name].num_bytes(here)
+        for name in (tier.codec or "float32", tier.codec or run_codec, reply_codec if tier.codec else run_codec)
     )
+    numbers, model_bytes = sum(here.sizes), model + mask_bytes
+    return TierCost(numbers, model_bytes, model_bytes + 4 * numbers, down + mask_bytes, up)
