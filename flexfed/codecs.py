@@ -63,7 +63,7 @@ def largest_code(bits: int) -> int:
 
 
 def scale_of(values: np.ndarray, bits: int) -> np.float32:
-    """The step s = max|values| / q between two levels; 1 where all values are zero.
+    """The step s = max|values| / q between two levels; 1 where all values are zero, or nearer to it than 1e-38.
 
     In float32, too, (s q) / q is s for every s that is some m / q (tested for all m): whoever holds decoded values
     finds the very scale they were decoded with.
@@ -76,9 +76,7 @@ def scale_of(values: np.ndarray, bits: int) -> np.float32:
         most = np.maximum(values.max(), -values.min()).astype(np.float32)
     if not np.isfinite(most) or most > np.finfo(np.float32).max / 2:
         raise ValueError(f"numbers to quantise must be finite and below 1e38, got {most}")
-    if most == 0:
-        return np.float32(1)
-    return np.float32(max(most / q, _TINY))  # below, numbers lose their last bits
+    return np.float32(most / q) if most / q >= _TINY else np.float32(1)
 
 
 def codes_of(values: np.ndarray, scale: np.float32, bits: int, rng: np.random.Generator | None = None) -> np.ndarray:
