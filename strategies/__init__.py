@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.autoflip import AutoFLIP
 from strategies.base import SubmodelStrategy
+from strategies.compressed import Compressed
 from strategies.fedavg import Exclusive, FedAvg, Small
 from strategies.fedlps import FedLPS
 from strategies.fedrolex import FedRolex
@@ -12,6 +13,7 @@ from strategies.heterofl import HeteroFL
 
 STRATEGIES: dict[str, type[SubmodelStrategy]] = {
     "autoflip": AutoFLIP,
+    "compressed": Compressed,
     "exclusive": Exclusive,
     "fedavg": FedAvg,
     "fedlps": FedLPS,

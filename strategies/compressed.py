@@ -12,6 +12,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from flexfed.checkpoint import State
+from flexfed.codecs import PLAIN
 from flexfed.cost import modelled_seconds, round_macs
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Part, Update
@@ -235,13 +236,10 @@ class Compressed(SubmodelStrategy):
             self._tiers_in_use = devices, {n: t for n, t in self._config.tiers.items() if t in held}
         return self._tiers_in_use[1]
 
-    def deployed(self, name: str, arrays: Arrays) -> Arrays:
-        """A level's tensors as a device would hold them: masked, and on their levels where quantised."""
-        if name == "full":
-            return super().deployed(name, arrays)
-        tier = self._config.tiers[name]
-        submodel = self._part(tier, arrays, self.record.server_round)
-        return quantised(self.task.layout, submodel, tier.codec, extract(self.task.layout, submodel, arrays))
+    def level_codec(self, name: str) -> str:
+        """The tier's."""
+        tier = self._config.tiers.get(name)
+        return tier.codec if tier is not None and tier.codec else PLAIN
 
     def level_for_evaluation(self, device: Device) -> str | None:
         """The device's tier, if its memory allows to test that."""

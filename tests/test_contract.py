@@ -44,6 +44,7 @@ SUMMARY = {
 }
 LEVELS = {
     "autoflip": {"full"},
+    "compressed": {"w50", "full"},  # the first of the ladder that fits weak and medium devices, and strong ones
     "exclusive": {"full"},
     "fedavg": {"full"},
     "fedlps": {"full"},

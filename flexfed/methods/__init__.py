@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flexfed.jobs import LocalUpdate
-from flexfed.methods import autoflip, fedavg, fedlps, fedrolex, flexfl, heterofl
+from flexfed.methods import autoflip, compressed, fedavg, fedlps, fedrolex, flexfl, heterofl
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "autoflip": Method(
         autoflip.AutoFLIPConfig, "autoflip.", autoflip.local_update, actions={"explore": autoflip.explore}
     ),
+    "compressed": Method(compressed.CompressedConfig, "compressed.", compressed.local_update),
     "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update),
     "fedavg": Method(fedavg.FedAvgConfig, "fedavg.", fedavg.local_update),
     "fedlps": Method(
