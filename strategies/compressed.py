@@ -43,6 +43,11 @@ class Compressed(SubmodelStrategy):
         self._tiers_in_use: tuple[Mapping[int, Device], dict[str, Tier]] | None = None
         self._error = 0.0  # of the part that the reply at hand was trained from
         self._begin_round()
+        if self.settings.personal == "global-masked" and any(t.prune or t.codec for t in self._config.tiers.values()):
+            raise ValueError(
+                "personal='global-masked' sends the units of a client's model dense, which a device of a pruned or "
+                "quantised tier need not hold: choose 'stored-local', or a ladder of widths only"
+            )
 
     def _begin_round(self) -> None:
         self._errors: dict[tuple[str, bytes], float] = {}  # tier and part -> compression error of what is sent
@@ -128,6 +133,11 @@ class Compressed(SubmodelStrategy):
         submodel = self._part(tier, self.arrays, server_round, device.partition)
         reply = self._config.reply_codec if tier.codec else ""
         return Assignment(submodel, tier.name, {"tier": tier.name}, codec=tier.codec, reply_codec=reply)
+
+    def largest_part(self, device: Device, server_round: int) -> Assignment | None:
+        """The part of its tier; None for a quantised one: parts without a codec of their own would be too large."""
+        tier = self.tier_of(device)
+        return None if tier is None or tier.codec else self.part_of(device, server_round)
 
     def _part(self, tier: Tier, arrays: Arrays, server_round: int, partition: int = _NOBODY) -> Submodel:
         """What a tier keeps of a global model; ranking all weights takes time, so each once for each model."""
