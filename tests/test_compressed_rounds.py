@@ -25,7 +25,7 @@ from flexfed.methods.compressed_tiers import compress, parse_tier, tier_cost
 from flexfed.methods.fedlps import model_norms
 from flexfed.networks import build_on_meta
 from flexfed.select import prefix_ratio, top, window
-from flexfed.submodel import Submodel, flatten, full, unpack
+from flexfed.submodel import Submodel, flatten, full, unflatten, unpack
 from strategies.compressed import Compressed
 from strategies.record import RoundRecord
 
@@ -94,7 +94,7 @@ def test_a_device_that_tells_its_memory_must_have_what_torch_needs() -> None:
         assert tier_of(Device(0, memory_bytes=need - 1), ladder=name) is None
     enough = tier_cost(layout, parse_tier("p90")).train_bytes
     assert tier_of(Device(0, memory_bytes=enough)) is None
-    assert tier_of(Device(0, memory_bytes=enough), memory="model") == "p90"
+    assert tier_of(Device(0, memory_bytes=enough), memory="model", ladder="full, p90") == "p90"
     assert tier_of(Device(0, memory_bytes=enough - 1), memory="model", ladder="p90") is None
 
 
@@ -123,7 +123,7 @@ def test_who_can_hold_no_tier_is_never_sampled() -> None:
     assert [made.can_train(device) for device in devices.values()] == [False, True]
     for server_round in range(1, 5):
         assert set(made.assign(server_round, devices, np.random.default_rng(server_round))) == {1}
-    with pytest.raises(ValueError, match="partition 0 .device. cannot train any tier of the ladder"):
+    with pytest.raises(ValueError, match=r"partition 0 .device. cannot train any tier of the ladder"):
         made.part_of(devices[0], 1)
 
 
@@ -208,7 +208,7 @@ def test_another_part_is_refused() -> None:
     made, assignment = assigned(ladder="p50")
     other = {name: np.roll(mask, 1) for name, mask in assignment.submodel.masks.items()}
     for held in (Submodel(assignment.submodel.units), replace(assignment.submodel, masks=other)):
-        with pytest.raises(ValueError, match="leaves out whole tensors, or single entries|another part"):
+        with pytest.raises(ValueError, match=r"leaves out whole tensors, or single entries|another part"):
             made.check(assignment, replace(reply_to(assignment), submodel=held))
     units = assignment.submodel.units.copy()
     units[0] = False
@@ -332,12 +332,7 @@ def test_a_round_trip_of_a_run_stays_near_that_of_float32(tmp_path: Path) -> Non
 
 def test_the_reported_levels_are_what_devices_would_deploy_and_the_last_is_dense(tmp_path: Path) -> None:
     line = lines(run_toy(tmp_path, "compressed", MIXED))[0]
-    assert [key for key in line if key.startswith("accuracy-")][:4] == [
-        "accuracy-levels",
-        "accuracy-p50q8",
-        "accuracy-p50",
-        "accuracy-full",
-    ]
+    assert {"accuracy-p50q8", "accuracy-p50", "accuracy-full"} < line.keys()
     assert line["accuracy"] == line["accuracy-full"]
     assert line["dispatched"] == {"full": 1, "p50": 1, "p50q8": 2}
     made, layout = server(ladder="full, p50q8"), task().layout
@@ -390,7 +385,7 @@ def test_full_devices_are_fedavg(tmp_path: Path) -> None:
     theirs = final_model(run_toy(tmp_path, "fedavg", values))
     ours = final_model(run_toy(tmp_path, "compressed", values))
     assert same_bits(ours, theirs)
-    plain = {**values, "momentum": 0.0, "partition": "iid"}
+    plain = {**values, "momentum": 0.0, "partition": "iid", "num-server-rounds": 1}
     theirs = final_model(run_toy(tmp_path, "fedavg", plain))
     ours = final_model(run_toy(tmp_path, "compressed", plain))  # pseudo-gradients: equal where steps are
     for name in theirs:
@@ -399,10 +394,10 @@ def test_full_devices_are_fedavg(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["pseudo", "delta", "grad"])
 def test_it_learns_with_every_tier(mode: str, tmp_path: Path) -> None:
-    values = {**LADDER, "num-server-rounds": 4, "momentum": 0.0, "compressed.mode": mode, "partition": "iid"}
-    more = {"compressed.server-learning-rate": 0.5, "batch-size": 16} if mode == "grad" else {"batch-size": 16}
-    found = lines(run_toy(tmp_path, "compressed", {**values, **more}, clients=6))
-    assert found[-1]["loss"] < found[0]["loss"]
+    rounds = 12 if mode == "grad" else 4  # a step a round
+    values = {**LADDER, "num-server-rounds": rounds, "momentum": 0.0, "compressed.mode": mode, "evaluate-every": rounds}
+    found = lines(run_toy(tmp_path, "compressed", values, clients=6))
+    assert found[-1]["train-loss"] < 0.9 * found[0]["train-loss"]
     assert found[-1]["refused"] == found[-1]["failed"] == []
 
 
@@ -434,8 +429,8 @@ def test_law_2_late_replies_give_the_same_bits_with_every_option(tmp_path: Path)
 
 
 def test_the_mean_of_the_replies_is_what_scattering_them_gives(tmp_path: Path) -> None:
-    """One client of one tier: the global model moves by its difference, where it held something."""
-    layout, task_ = task().layout, task()
+    """One client: the global model moves by its difference where it held something, and not elsewhere."""
+    layout = task().layout
     values = {"compressed.ladder": "p50q8", "fleet": "equal", "compressed.reply-codec": "float32"}
     differences: list[Update] = []
 
@@ -448,12 +443,9 @@ def test_the_mean_of_the_replies_is_what_scattering_them_gives(tmp_path: Path) -
 
     run_folder = run_toy(tmp_path, "compressed", values, clients=1, alter=listen)
     before, after = initial_model(run_folder), final_model(run_folder)
-    from flexfed.submodel import unflatten
-
     (only,) = differences
-    moved = scatter(layout, only.submodel, unflatten(task_.layout, only.submodel, only.difference))
+    moved = scatter(layout, only.submodel, unflatten(layout, only.submodel, only.difference))
     for name in after:
         np.testing.assert_allclose(after[name], before[name] + moved[name], atol=1e-6)
-    assert len(
-        flatten(layout, only.submodel, compress(layout, full(layout), parse_tier("p50q8"), before).arrays)
-    ) == len(only.difference)
+    sent = compress(layout, full(layout), parse_tier("p50q8"), before)
+    assert len(only.difference) == len(flatten(layout, sent.submodel, sent.arrays))
