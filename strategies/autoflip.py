@@ -135,9 +135,20 @@ class AutoFLIP(FedAvg):
         return sorted(rng.permutation(able)[:num].tolist())
 
     def _receive(self, partition: int, update: Update) -> None:
-        expected = Submodel(self._whole.units, self._prunable)
-        self._store.put(partition, read_deviations(self.task.layout, expected, update))
-        self._explored[partition] = update.weight, int(update.metrics.get("epochs", 0))
+        """Keep what an explorer found.
+
+        Raises:
+            ValueError: it cannot be.
+        """
+        told, epochs = self.devices[partition].num_examples, update.metrics.get("epochs", 0.0)
+        if update.weight > told or not 1 <= epochs <= self._config.explore_epochs:
+            raise ValueError(
+                f"it claims {update.weight:g} examples and {epochs:g} epochs; expected at most {told} examples, as it "
+                f"told, and 1 to {self._config.explore_epochs} epochs"
+            )
+        found = read_deviations(self.task.layout, Submodel(self._whole.units, self._prunable), update)
+        self._store.put(partition, found)
+        self._explored[partition] = update.weight, int(epochs)
 
     @cached_property
     def _store(self) -> DeviationStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from toy import (
     DIGITS,
     QUICK,
     ROOT,
+    as_message,
     failure,
     final_model,
     initial_model,
@@ -26,18 +28,20 @@ from toy import (
 )
 
 from flexfed.config import Experiment
+from flexfed.cost import num_parameters
 from flexfed.data import load_server
 from flexfed.devices import Device
-from flexfed.flower.messages import num_bytes
-from flexfed.jobs import Update
+from flexfed.flower.messages import encoded, job_content, num_bytes, update_content
+from flexfed.jobs import Assignment, Job, Update
 from flexfed.methods.autoflip import prunable_tensors
-from flexfed.methods.autoflip_masks import Deviations, guidance, keep_above, mean_deviations, num_pruned
-from flexfed.methods.autoflip_units import covered
+from flexfed.methods.autoflip_masks import Deviations, guidance, keep_above, mean_deviations, num_pruned, random_scores
+from flexfed.methods.autoflip_units import covered, masked_part
+from flexfed.models import model_factory
 from flexfed.overrides import flatten, read_toml
 from flexfed.submodel import Submodel, full, narrow_sizes, unpack
 from flexfed.submodel import flatten as flat_part
 from flexfed.tensorfile import open_tensors
-from flexfed.units import Arrays
+from flexfed.units import Arrays, trace_layout
 from strategies import STRATEGIES
 from strategies.autoflip import AutoFLIP, DeviationStore, nonzero_macs
 
@@ -47,6 +51,7 @@ PRUNABLE = prunable_tensors(TASK)
 NUM = sum(int(np.prod(LAYOUT.shapes[name])) for name in PRUNABLE)
 STATIC = {"autoflip.mask-mode": "static"}
 PLAIN = {"autoflip.server-momentum": 0.0}
+JOB = Job(full(LAYOUT), {}, Device(0), {}, 1, 1)
 FOUND = Submodel(full(LAYOUT).units, PRUNABLE)
 
 
@@ -70,7 +75,7 @@ def deviations(partition: int) -> Arrays:
 
 
 def explored(partition: int) -> Update:
-    return Update(FOUND, flat_part(LAYOUT, FOUND, deviations(partition)), 10.0 * (partition + 1), {"epochs": 7.0})
+    return Update(FOUND, flat_part(LAYOUT, FOUND, deviations(partition)), 10.0 * (partition + 1), {"epochs": 1.0})
 
 
 def cohort_mask(made: Any, *cohort: int) -> Submodel:
@@ -153,7 +158,7 @@ def test_state_goes_through_a_checkpoint(ready: Any) -> None:
     other.load_state_dict(ready.state_dict())
     assert other.levels() == ready.levels()
     assert same_bits(other._velocity, ready._velocity)
-    assert other._explored == ready._explored == {0: (10.0, 7), 1: (20.0, 7), 3: (40.0, 7)}
+    assert other._explored == ready._explored == {0: (10.0, 1), 1: (20.0, 1), 3: (40.0, 1)}
     assert cohort_mask(other, 3) == cohort_mask(ready, 3)
 
 
@@ -172,6 +177,14 @@ def test_exploration_needs_the_memory_of_its_own_optimiser() -> None:
     made.federation.devices = {p: Device(p, num_examples=20, memory_bytes=float(b)) for p, b in enumerate((lean, rich))}
     assert [made.can_train(device) for device in made.federation.devices.values()] == [True, True]
     assert made._chosen() == [1]
+
+
+@pytest.mark.parametrize("claims", [{"weight": 11.0}, {"metrics": {}}, {"metrics": {"epochs": 2.0}}])
+def test_an_explorer_that_claims_what_cannot_be_is_refused(claims: dict[str, Any]) -> None:
+    made = server()
+    with pytest.raises(ValueError, match="expected at most 10 examples, as it told, and 1 to 1 epochs"):
+        made._receive(0, replace(explored(0), **claims))
+    assert made._explored == {}
 
 
 def test_an_empty_cohort_keeps_the_mask(ready: Any) -> None:
@@ -215,7 +228,7 @@ def test_structured_parts_are_physically_smaller(structured: str) -> None:
         for partition in range(4):
             found = deviations(partition)
             found["conv2.weight"][5] = 0.0  # a unit that nobody moves
-            strategy._receive(partition, Update(FOUND, flat_part(LAYOUT, FOUND, found), 1.0, {}))
+            strategy._receive(partition, replace(explored(partition), difference=flat_part(LAYOUT, FOUND, found)))
     part, open_part = cohort_mask(made, 0, 1), cohort_mask(wide, 0, 1)
     assert part.units.sum() < open_part.units.sum() == LAYOUT.num_units
     assert not part.units[LAYOUT.groups["conv2"].start + 5]
@@ -292,6 +305,26 @@ def test_the_papers_settings_are_the_published_ones(name: str, classes: int, ima
     assert experiment.settings.num_server_rounds == 200
     assert max(1, int(experiment.settings.fraction_train * 20 + 1e-9)) == cohort
     assert len(task.layout.groups["conv1"]) == (128 if name == "cifar100" else 32)
+
+
+@pytest.mark.parametrize(
+    ("image", "up", "mask", "down"),
+    [((1, 28, 28), 4_657_436, 207_922, 4_865_358), ((3, 32, 32), 4_661_916, 208_122, 4_870_038)],
+)
+def test_bytes_of_the_worked_example_on_messages(image: tuple[int, ...], up: int, mask: int, down: int) -> None:
+    layout = trace_layout(model_factory("autoflip-cnn", 10, image), image)
+    part = masked_part(layout, keep_above(random_scores(layout.shapes, np.random.default_rng(0)), 0.3).masks)
+    flat = np.zeros(num_parameters(layout, part), dtype=np.float32)
+    encoded_part = encoded("float32", layout, part, flat)
+    first, later = (
+        job_content(encoded_part, Assignment(part, "full"), 1, 1, {}, known) for known in (b"", part.masks_key)
+    )
+    job = replace(JOB, submodel=part)
+    reply = update_content(Update(part, flat, 1.0, {}), layout, job)
+    sizes = [num_bytes(as_message(content)) for content in (first, later, reply)]
+    for size, expected in zip(sizes, (down, up, up), strict=True):
+        assert expected < size < expected + 600  # names, units and numbers of the job
+    assert sizes[0] - sizes[1] == pytest.approx(mask, abs=200)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
