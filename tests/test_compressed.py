@@ -131,7 +131,17 @@ def test_a_ladder_keeps_its_order_and_has_every_tier_once() -> None:
 
 @pytest.mark.parametrize(
     ("size", "prune", "keep"),
-    [(5, 0.5, 3), (6, 0.5, 3), (6, 0.34, 4), (3, 0.99, 1), (10, 0.9, 1), (100, 0.95, 5), (7, 1.0, 1), (7, 0.0, 7)],
+    [
+        (5, 0.5, 3),
+        (6, 0.5, 3),
+        (6, 0.34, 4),
+        (3, 0.99, 1),
+        (10, 0.9, 1),
+        (100, 0.95, 5),
+        (7, 1.0, 1),
+        (7, 0.0, 7),
+        (100, 0.29, 71),
+    ],
 )
 def test_how_many_weights_remain(size: int, prune: float, keep: int) -> None:
     assert num_kept(size, prune) == keep

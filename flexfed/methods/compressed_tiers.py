@@ -105,7 +105,7 @@ def magnitude_mask(values: np.ndarray, prune: float) -> np.ndarray:
     if keep == len(sizes):
         return np.ones(values.shape, dtype=bool)
     least = np.partition(sizes, len(sizes) - keep)[len(sizes) - keep]
-    mask = sizes > least
+    mask: np.ndarray = sizes > least
     mask[np.flatnonzero(sizes == least)[: keep - int(mask.sum())]] = True
     return mask.reshape(values.shape)
 
