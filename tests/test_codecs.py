@@ -155,6 +155,26 @@ def test_what_is_on_the_grid_stays_there_whatever_the_draw(codec: Codec) -> None
         assert all(np.array_equal(drawn[key], encoded[key]) for key in encoded)
 
 
+class Draws:
+    """A generator that draws always the same number."""
+
+    def __init__(self, value: float):
+        self.value = np.float32(value)
+
+    def random(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.full(shape, self.value, dtype=dtype)
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))])
+def test_on_the_grid_not_even_the_least_likely_draw_moves_a_number(draw: float) -> None:
+    levels, missed = np.arange(-127, 128, dtype=np.float32), 0
+    for scale in np.linspace(0.01, 0.02, 50, dtype=np.float32):
+        values = levels * scale
+        missed += int((values / scale != levels).sum())
+        assert np.array_equal(codes_of(values, scale, 8, Draws(draw)), levels)  # type: ignore[arg-type]
+    assert missed > 0  # dividing alone does not find the levels
+
+
 @integers
 def test_the_same_generator_gives_the_same_codes(codec: Codec) -> None:
     one, same, other = (codec.encode(numbers(), PARTS, np.random.default_rng(s))["codes"] for s in (1, 1, 2))

@@ -256,6 +256,21 @@ def test_the_servers_rate_follows_what_replies_hold(values: dict[str, Any], rate
         np.testing.assert_allclose(array - new[name], rate, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_momentum_moves_what_nobody_covers_unless_it_is_frozen(freeze: bool) -> None:
+    made, layout = server(ladder="p50", server_momentum=0.5, freeze_uncovered=freeze), task().layout
+    old = {name: np.asarray(array) for name, array in made.arrays.items()}
+    made.observe(1, 0, Update(full(layout), np.zeros(1, np.float32), 20.0, {"steps": 2.0}))
+    made.finish(old, {name: array - 1 for name, array in old.items()})
+    (assignment,) = list(made.assign(2, made.devices, np.random.default_rng(0)).values())[:1]
+    made.observe(2, 0, reply_to(assignment))
+    new = made.finish(old, old)
+    for name, mask in assignment.submodel.masks.items():
+        moved = old[name] - new[name]
+        np.testing.assert_allclose(moved[mask], 0.5, atol=1e-6)
+        np.testing.assert_allclose(moved[~mask], 0.0 if freeze else 0.5, atol=1e-6)
+
+
 def test_pseudo_needs_plain_sgd_and_masked_models_their_own_place() -> None:
     with pytest.raises(ValueError, match="mode='pseudo' divides by learning rate and steps"):
         server(mode="pseudo")
