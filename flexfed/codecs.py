@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexfed.submodel import Submodel, narrow_sizes
-from flexfed.units import Layout
+from flexfed.submodel import Submodel, flatten, narrow_sizes, unflatten
+from flexfed.units import Arrays, Layout
 
 _TINY = np.finfo(np.float32).tiny
 _CHUNK = 1 << 16  # numbers handled while they are in the processor's cache
@@ -195,6 +195,22 @@ class Codec:
 PLAIN = "float32"
 CODECS: dict[str, Codec] = {"float32": Codec("float32", 32), "int8": Codec("int8", 8), "int4": Codec("int4", 4)}
 """Name in the configuration -> codec."""
+
+
+def through(codec: str, layout: Layout, submodel: Submodel, part: Arrays) -> Arrays:
+    """The tensors of a part as whoever receives it has them; the very same where numbers travel as they are.
+
+    Args:
+        codec: by name.
+        layout: the network's numbering.
+        submodel: what the part holds.
+        part: its tensors.
+    """
+    if CODECS[codec].bits == 32:
+        return part
+    tensors = pieces(layout, submodel)
+    arrays = CODECS[codec].encode(flatten(layout, submodel, part), tensors)
+    return unflatten(layout, submodel, CODECS[codec].decode(arrays, tensors))
 
 
 def _spans(pieces: Pieces, plain: bool) -> Iterator[slice]:

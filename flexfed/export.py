@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from flexfed.batchnorm import Statistics, apply_statistics, norm_widths
+from flexfed.codecs import PLAIN, through
 from flexfed.cost import num_parameters
 from flexfed.evaluation import with_statistics
 from flexfed.levels import RunLevels, read_levels
@@ -117,7 +118,9 @@ def level_arrays(found: RunLevels, level: str) -> Arrays:
     Raises:
         ValueError: its network normalises, and the run has no statistics of the level.
     """
-    arrays = extract(found.task.layout, found.parts[level], found.checkpoint.arrays)
+    layout, part = found.task.layout, found.parts[level]
+    codec = found.checkpoint.facts.get("level-codecs", {}).get(level, PLAIN)  # older runs have none
+    arrays = through(codec, layout, part, extract(layout, part, found.checkpoint.arrays))
     statistics = found.checkpoint.statistics.get(level)
     if statistics is None and norm_widths(narrow(found.task.factory, arrays)):
         raise ValueError(_no_statistics(found, level))

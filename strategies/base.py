@@ -182,7 +182,7 @@ class SubmodelStrategy(MethodStrategy):
             levels={name: pack(level) for name, level in self.levels().items()},
             statistics=self._statistics,
             state={**self.state_dict(), **self.tests.state_dict()},
-            facts=self._facts(),
+            facts={**self._facts(), "level-codecs": {name: self.level_codec(name) for name in self.levels()}},
         )
 
     def _facts(self) -> dict[str, Any]:

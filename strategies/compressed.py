@@ -12,13 +12,13 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from flexfed.checkpoint import State
-from flexfed.codecs import PLAIN
+from flexfed.codecs import PLAIN, through
 from flexfed.cost import modelled_seconds, round_macs
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Part, Update
 from flexfed.methods.compressed import CompressedConfig, Mode, memory_to_train, num_steps, training_in
 from flexfed.methods.compressed_server import Coverage, fidelity_weight, server_step
-from flexfed.methods.compressed_tiers import Tier, TierCost, compression_error, pruned, quantised, tier_cost
+from flexfed.methods.compressed_tiers import Tier, TierCost, compression_error, pruned, tier_cost
 from flexfed.methods.fedlps import model_norms
 from flexfed.networks import build_on_meta
 from flexfed.select import prefix_ratio, top, window
@@ -177,7 +177,7 @@ class Compressed(SubmodelStrategy):
 
     def _error_of(self, submodel: Submodel, codec: str) -> float:
         layout = self.task.layout
-        sent = quantised(layout, submodel, codec, extract(layout, submodel, self.arrays))
+        sent = through(codec, layout, submodel, extract(layout, submodel, self.arrays))
         return compression_error(layout, self.arrays, Part(submodel, sent))
 
     # Replies and the server's step ------------------------------------------------------------------------------

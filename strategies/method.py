@@ -13,14 +13,14 @@ from flwr.serverapp.strategy import Strategy
 from flexfed.batchnorm import Statistics
 from flexfed.budget import Budget
 from flexfed.checkpoint import State
-from flexfed.codecs import CODECS, PLAIN, pieces
+from flexfed.codecs import PLAIN, through
 from flexfed.config import Experiment, Settings
 from flexfed.data import ServerData
 from flexfed.devices import Device
 from flexfed.evaluation import part_statistics
 from flexfed.flower.federation import Federation
 from flexfed.jobs import Assignment, Task, Update
-from flexfed.submodel import Submodel, extract, flatten, full, unflatten
+from flexfed.submodel import Submodel, extract, full
 from flexfed.units import Arrays
 from strategies.record import RoundRecord
 
@@ -66,12 +66,8 @@ class MethodStrategy(Strategy):
 
     def deployed(self, name: str, arrays: Arrays) -> Arrays:
         """The tensors of an evaluated level, as a device would use them."""
-        layout, level, codec = self.task.layout, self.levels()[name], CODECS[self.level_codec(name)]
-        part = extract(layout, level, arrays)
-        if codec.name == PLAIN:
-            return part
-        tensors = pieces(layout, level)
-        return unflatten(layout, level, codec.decode(codec.encode(flatten(layout, level, part), tensors), tensors))
+        layout, level = self.task.layout, self.levels()[name]
+        return through(self.level_codec(name), layout, level, extract(layout, level, arrays))
 
     def headline(self) -> tuple[str, ...]:
         """The levels whose mean is `accuracy-levels`."""

@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from flexfed.codecs import CODECS, Codec, Pieces, pieces
+from flexfed.codecs import CODECS, PLAIN, Pieces, pieces, through
 from flexfed.jobs import Part
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, extract, flatten, narrow_shapes, positions, take, unflatten
+from flexfed.submodel import Submodel, extract, narrow_shapes, positions, take
 from flexfed.units import Arrays, Layout
 
 Scope = Literal["layer", "global"]
@@ -46,11 +46,7 @@ class Tier:
     @property
     def bits(self) -> int:
         """Of a weight; 32 = float32."""
-        return self._codec.bits
-
-    @property
-    def _codec(self) -> Codec:
-        return CODECS[self.codec or "float32"]
+        return CODECS[self.codec or PLAIN].bits
 
 
 def parse_tier(name: str) -> Tier:
@@ -157,16 +153,7 @@ def compress(layout: Layout, part: Submodel, tier: Tier, arrays: Arrays, scope: 
         The submodel with its masks, and its tensors: narrow, zero where masked, on their levels where quantised.
     """
     submodel = pruned(layout, part, tier, arrays, scope)
-    return Part(submodel, quantised(layout, submodel, tier.codec, extract(layout, submodel, arrays)))
-
-
-def quantised(layout: Layout, submodel: Submodel, codec: str, part: Arrays) -> Arrays:
-    """A part as its receiver decodes it; as it is where the codec is "" or float32."""
-    if CODECS[codec or "float32"].bits == 32:
-        return part
-    here = pieces(layout, submodel)
-    encoded = CODECS[codec].encode(flatten(layout, submodel, part), here)
-    return unflatten(layout, submodel, CODECS[codec].decode(encoded, here))
+    return Part(submodel, through(tier.codec or PLAIN, layout, submodel, extract(layout, submodel, arrays)))
 
 
 def compression_error(layout: Layout, arrays: Arrays, part: Part) -> float:
@@ -227,7 +214,7 @@ def tier_pieces(layout: Layout, tier: Tier) -> Pieces:
     return Pieces(tuple(kept), whole.plain)
 
 
-def tier_cost(layout: Layout, tier: Tier, run_codec: str = "float32", reply_codec: str = "float32") -> TierCost:
+def tier_cost(layout: Layout, tier: Tier, run_codec: str = PLAIN, reply_codec: str = PLAIN) -> TierCost:
     """What a tier costs: for dense numbers of b bits ceil(kept * b / 8) bytes, and so on.
 
     Args:
@@ -241,7 +228,7 @@ def tier_cost(layout: Layout, tier: Tier, run_codec: str = "float32", reply_code
     mask_bytes = sum(-(-math.prod(shape) // 8) for shape in shapes if len(shape) > 1) if tier.prune else 0
     model, down, up = (
         CODECS[name].num_bytes(here)
-        for name in (tier.codec or "float32", tier.codec or run_codec, reply_codec if tier.codec else run_codec)
+        for name in (tier.codec or PLAIN, tier.codec or run_codec, reply_codec if tier.codec else run_codec)
     )
     numbers, model_bytes = sum(here.sizes), model + mask_bytes
     return TierCost(numbers, model_bytes, model_bytes + 4 * numbers, down + mask_bytes, up)
