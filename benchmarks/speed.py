@@ -21,6 +21,7 @@ SUBJECTS = {
     "extraction": "Extraction: parts for the clients",
     "training_step": "Narrow training step: batch 16, SGD",
     "wire": "Wire: allowed are 1.02 x 4 bytes a parameter and 256 bytes a tensor",
+    "codecs": "Codecs: ResNet-18's numbers as integers",
     "checkpoint": "Checkpoint after a round: ResNet-18, 45 MB",
     "rounds": "In-process grid: `cnn` on digits, 20 clients",
 }
