@@ -260,14 +260,25 @@ def test_nonzero_macs_count_weights_that_are_not_masked() -> None:
     assert less == mask[0].size * 64  # an 8x8 map
 
 
-def test_hard_memory_zeroes_what_is_masked_and_prunable_only() -> None:
+def test_hard_memory_zeroes_what_this_rounds_mask_leaves_out_of_prunable_tensors() -> None:
     made = server(server_memory="hard", server_momentum=0.0)
+    for partition in (0, 3):
+        made._receive(partition, explored(partition))
+    for partition in (0, 3):
+        held = covered(LAYOUT, cohort_mask(made, partition))
+        new = made.finish(made.arrays, made.arrays)
+        assert all(np.array_equal(new[n], np.where(mask, made.arrays[n], 0)) for n, mask in held.items())
+        assert any(not mask.all() for mask in held.values())
+
+
+def test_norms_keep_their_values_where_units_have_left() -> None:
+    made = server(server_memory="hard", server_momentum=0.0, structured="units", unit_share=0.5)
     made._receive(0, explored(0))
     part = cohort_mask(made, 0)
     new = made.finish(made.arrays, made.arrays)
-    for name, held in covered(LAYOUT, part).items():
-        assert np.array_equal(new[name], np.where(held, made.arrays[name], 0)), name
-    assert any(not held.all() for held in covered(LAYOUT, part).values())
+    norms = LAYOUT.shapes.keys() - PRUNABLE
+    assert any(not covered(LAYOUT, part)[name].all() for name in norms)
+    assert all(np.array_equal(new[name], made.arrays[name]) for name in norms)
 
 
 @pytest.mark.parametrize(("devices", "fraction", "size"), [(20, 0.25, 5), (20, 0.05, 1), (10, 0.33, 3)])
