@@ -120,6 +120,8 @@ def test_the_order_of_replies_does_not_matter(ready: Any) -> None:
     for partition in (0, 1, 3):
         other._receive(partition, explored(partition))
     assert cohort_mask(ready, 3, 1, 0) == cohort_mask(other, 0, 1, 3)
+    summed = [found.arrays["conv1.bias"].tolist() for found in ready._deviations([3, 1, 0])]
+    assert summed == [deviations(partition)["conv1.bias"].tolist() for partition in (0, 1, 3)]
 
 
 def test_examples_weigh_on_request() -> None:
