@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device
 from flexfed.networks import Factory, build_on_meta
 from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes, resize
@@ -45,9 +46,11 @@ def part_bytes(layout: Layout, submodel: Submodel) -> int:
     return BYTES_PER_NUMBER * num_parameters(layout, submodel)
 
 
-def message_bytes(layout: Layout, submodel: Submodel) -> int:
-    """What a job or a reply weighs at most: a part's numbers, 2 % more, and 256 bytes for each tensor."""
-    return math.ceil(1.02 * part_bytes(layout, submodel)) + 256 * len(layout.shapes)
+def message_bytes(layout: Layout, submodel: Submodel, codec: str = PLAIN) -> int:
+    """What a job or a reply weighs at most: a part's numbers, 2 % more, masks, and 256 bytes for each tensor."""
+    numbers = CODECS[codec].num_bytes(pieces(layout, submodel))
+    masks = sum(-(-mask.size // 8) for mask in submodel.masks.values())
+    return math.ceil(1.02 * numbers) + masks + 256 * len(layout.shapes)
 
 
 def forward_macs(factory: Factory, layout: Layout, submodel: Submodel, input_shape: tuple[int, ...]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flexfed.budget import Budget
 from flexfed.checkpoint import Checkpoint, load_checkpoint, refuse_other_network
+from flexfed.codecs import PLAIN
 from flexfed.config import Experiment, read
 from flexfed.cost import message_bytes, num_parameters, training_memory
 from flexfed.jobs import Task
@@ -227,15 +228,23 @@ def groups_of(task: Task) -> tuple[Group, ...]:
     )
 
 
-def cost_of(task: Task, level: str, part: Submodel, ratio: float | None = None) -> LevelCost:
-    """What a level asks for, by the rules that runs follow."""
+def cost_of(task: Task, level: str, part: Submodel, ratio: float | None = None, codec: str = PLAIN) -> LevelCost:
+    """What a level asks for, by the rules that runs follow.
+
+    Args:
+        task: the network and how it is trained.
+        level: its name.
+        part: its submodel.
+        ratio: kept fraction of each group's units; None where it is no such fraction.
+        codec: how it travels.
+    """
     layout, budget = task.layout, Budget(task)
     return LevelCost(
         level,
         ratio,
         num_parameters(layout, part),
         budget.share(part),
-        message_bytes(layout, part),
+        message_bytes(layout, part, codec),
         task.macs(part),
         training_memory(task.factory, layout, part, task.input_shape, task.training),
         budget.memory(part),
@@ -290,6 +299,7 @@ def overview_of_run(folder: str | Path) -> Overview:
     """
     found = read_levels(folder)
     facts = found.checkpoint.facts
-    costs = tuple(cost_of(found.task, name, part) for name, part in found.parts.items())
+    codecs = found.checkpoint.facts.get("level-codecs", {})
+    costs = tuple(cost_of(found.task, n, part, codec=codecs.get(n, PLAIN)) for n, part in found.parts.items())
     title = f"{facts['model']} of {found.run.path.name} ({facts['strategy']}, round {found.checkpoint.server_round})"
     return Overview(title, "", found.task, groups_of(found.task), costs)

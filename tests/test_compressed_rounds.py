@@ -14,9 +14,9 @@ from flwr.app import Message
 from test_resume import go_on, killed_run, run, same_run
 from toy import failure, final_model, initial_model, lines, random_arrays, run_toy, same_bits, scatter, toy_task
 
-from flexfed.codecs import CODECS, pieces
+from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.config import Experiment
-from flexfed.cost import modelled_seconds, round_macs
+from flexfed.cost import message_bytes, modelled_seconds, round_macs
 from flexfed.devices import Device
 from flexfed.flower.messages import num_bytes
 from flexfed.jobs import Assignment, Task, Update
@@ -464,3 +464,11 @@ def test_the_mean_of_the_replies_is_what_scattering_them_gives(tmp_path: Path) -
         np.testing.assert_allclose(after[name], before[name] + moved[name], atol=1e-6)
     sent = compress(layout, full(layout), parse_tier("p50q8"), before)
     assert len(only.difference) == len(flatten(layout, sent.submodel, sent.arrays))
+
+
+@pytest.mark.parametrize("name", ["full", "p90", "q8", "p50q8", "w50q4"])
+def test_no_message_is_larger_than_the_most_that_is_told(name: str) -> None:
+    layout, tier, beside = task().layout, parse_tier(name), 256 * len(task().layout.shapes)
+    part = compress(layout, prefix_ratio(layout, tier.ratio), tier, server().arrays).submodel
+    travels = tier_cost(layout, tier).down_bytes
+    assert travels + beside <= message_bytes(layout, part, tier.codec or PLAIN) <= 1.02 * travels + beside + 1

@@ -150,8 +150,9 @@ def _key(name: str) -> str:
 def memory_to_train(task: Task, part: Submodel, tier: Tier) -> int:
     """Bytes that must be free to train a received part in torch: of the narrow dense network, and what comes on top.
 
-    Masks are a byte a weight, and the gradient of one tensor is there twice while it is masked. Where weights are
-    quantised, the forward pass holds their levels, and of one tensor what it rounds. Mode "grad" gathers gradients.
+    An upper bound: masks are a byte a weight, and the gradient of one tensor is there twice while it is masked; where
+    weights are quantised, the forward pass holds their levels, and of one tensor what it rounds, though not while the
+    optimiser steps. Mode "grad" gathers gradients.
     """
     dense = Submodel(part.units)
     sizes = [math.prod(shape) for shape in narrow_shapes(task.layout, dense).values() if len(shape) > 1]
