@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from flexfed.codecs import PLAIN
 from flexfed.cost import message_bytes, modelled_seconds, round_macs, shares
 from flexfed.devices import Device
 from flexfed.jobs import Task
@@ -37,12 +38,14 @@ class Budget:
         round_deadline: modelled seconds that a device may take to receive a part, train it and send it back; 0 = any.
         macs_beside: part -> multiply-accumulates a sample beside training the part itself (distillation teachers).
         download_of: part -> what a device is sent for it, where it cuts the part out itself.
+        codec: how parts travel. In memory they are numbers again.
     """
 
     task: Task
     round_deadline: float = 0.0
     macs_beside: Callable[[Submodel], int] = _nothing
     download_of: Callable[[Submodel], Submodel] = _itself
+    codec: str = PLAIN
     _known: dict[tuple[str, bytes], float] = field(default_factory=dict, repr=False, compare=False)
 
     def holds(self, device: Device, submodel: Submodel) -> bool:
@@ -92,11 +95,11 @@ class Budget:
         macs = round_macs(self._once("macs", submodel, lambda: self.task.macs(submodel)), device.num_examples, training)
         beside = self._once("beside", submodel, lambda: self.macs_beside(submodel))
         macs += beside * samples_trained(device.num_examples, training)
-        download = self._message(self.download_of(submodel))
-        return modelled_seconds(device, macs, download, self._message(submodel))
+        download = self._message(self.download_of(submodel), self.codec)
+        return modelled_seconds(device, macs, download, self._message(submodel, self.codec))
 
-    def _message(self, submodel: Submodel) -> int:
-        return self._once("message", submodel, lambda: message_bytes(self.task.layout, submodel))
+    def _message(self, submodel: Submodel, codec: str = PLAIN) -> int:
+        return self._once(f"message {codec}", submodel, lambda: message_bytes(self.task.layout, submodel, codec))
 
     def _once(self, what: str, submodel: Submodel, cost: Callable[[], N]) -> N:
         """A cost that is asked for again and again: for each device, and in each round."""

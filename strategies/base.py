@@ -92,7 +92,8 @@ class SubmodelStrategy(MethodStrategy):
         self.on_round = on_round
         self.folder = folder
         self.preparation = Preparation()
-        self.budget = Budget(task, self.settings.round_deadline, self.macs_beside, self.download_of)
+        codec, deadline = self.settings.codec, self.settings.round_deadline
+        self.budget = Budget(task, deadline, self.macs_beside, self.download_of, codec)
         self.tests = ClientTests(self)
         self.federation = Federation(task)
         self.devices: Mapping[int, Device] = {}  # as they are in this round

@@ -141,7 +141,10 @@ class HeteroFL(WidthStrategy):
         return {name: (found | proxy)[name] for name in self.levels()}
 
     def _asked(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics]:
-        """Statistics of each level, summed over the clients that can hold it; none for a level nobody answers for."""
+        """Statistics of each level, summed over the clients that can hold it; none for a level nobody answers for.
+
+        Nobody is asked where the network has no norms.
+        """
         sums: dict[str, BatchNormSums] = {}
         sent: dict[int, int] = {}  # partition -> bytes of its question
         levels = self.levels()
@@ -149,6 +152,8 @@ class HeteroFL(WidthStrategy):
             name: norm_widths(self.task.network(extract(self.task.layout, level, arrays)))
             for name, level in levels.items()
         }
+        if not any(widths.values()):
+            return {}
         for reply in grid.send_and_receive(
             self._questions(server_round, arrays, sent), timeout=self.settings.round_timeout
         ):

@@ -183,6 +183,14 @@ def test_a_run_keeps_its_deadline(strategy: str, tmp_path: Path) -> None:
         assert len(set().union(*(line["dispatched"] for line in lines(run)))) > 1  # unequal devices, unequal parts
 
 
+def test_a_codec_saves_time_and_no_memory() -> None:
+    task = toy_task()
+    whole, device = full(task.layout), Device(0, link_bytes_s=1e3)
+    plain, coded = Budget(task), Budget(task, codec="int8")
+    assert coded.seconds(device, whole) < 0.4 * plain.seconds(device, whole)
+    assert coded.memory(whole) == plain.memory(whole)
+
+
 def test_devices_that_hold_nothing_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fleet = tmp_path / "fleet.toml"
     rows = [("tiny", 1e6), ("large", 1e9)]

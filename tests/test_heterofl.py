@@ -3,12 +3,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from toy import lines, run_toy
 
 from flexfed.averaging import Averager
 from flexfed.cost import num_parameters
@@ -259,3 +261,10 @@ def test_parameter_counts_of_the_released_networks(
 ) -> None:
     layout = trace_layout(partial(build, 10, shape), shape)
     assert [num_parameters(layout, prefix_ratio(layout, r)) for r in RATIOS] == expected
+
+
+def test_nobody_is_asked_for_statistics_where_there_are_no_norms(tmp_path: Path) -> None:
+    values = {"fraction-evaluate": 0.0}
+    without = run_toy(tmp_path, "heterofl", {**values, "model": "toy:Plain"})
+    assert lines(without)[0]["bytes-evaluation"] == 0
+    assert lines(run_toy(tmp_path, "heterofl", values))[0]["bytes-evaluation"] > 0

@@ -55,6 +55,14 @@ class Ties(nn.Module):
         return self.classifier(self.fc(x.flatten(1)).relu())
 
 
+class Plain(nn.Sequential):
+    """No norms; digits in."""
+
+    def __init__(self, num_classes: int) -> None:
+        layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, num_classes)]
+        super().__init__(*layers)
+
+
 class Decoder(nn.Module):
     """Transposed convolutions, whose output axis is the second one; (2, 3, 3) in."""
 
