@@ -201,6 +201,7 @@ def test_baselines_cut_as_many_entries_without_exploring(score: str) -> None:
     made.prepare(None)
     assert num_pruned(covered(LAYOUT, cohort_mask(made, 0))) == int(0.3 * (NUM - 1)) + 1
     again = cohort_mask(made, 1, 2)
+    made.record.server_round = 9
     assert again == cohort_mask(made, 0)
     if score == "magnitude":
         scores = guidance({n: np.abs(made.arrays[n]) for n in PRUNABLE})
@@ -262,8 +263,9 @@ def test_nonzero_macs_count_weights_that_are_not_masked() -> None:
     assert less == mask[0].size * 64  # an 8x8 map
 
 
-def test_hard_memory_zeroes_what_this_rounds_mask_leaves_out_of_prunable_tensors() -> None:
-    made = server(server_memory="hard", server_momentum=0.0)
+@pytest.mark.parametrize("memory", [{"server_memory": "hard"}, {"mask_mode": "static"}])
+def test_hard_memory_zeroes_what_this_rounds_mask_leaves_out_of_prunable_tensors(memory: dict[str, str]) -> None:
+    made = server(server_momentum=0.0, **memory)
     for partition in (0, 3):
         made._receive(partition, explored(partition))
     for partition in (0, 3):
