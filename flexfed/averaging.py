@@ -94,6 +94,8 @@ class Averager:
         self._scattered: dict[str, torch.Tensor] = {}
         self._scattered_vectors: torch.Tensor | None = None  # those of one axis of `_scattered`, end to end
         self._covers: list[tuple[Submodel, float]] = []  # of scattered replies, with their weights
+        self._mask_bytes = 0  # of their masks
+        self._mask_room = 4 * _num_entries(layout.shapes)  # as many as the model's, then they are counted
         self._counted: dict[str, np.ndarray] = {}
         self.total_weight = 0.0
         self.num_replies = 0
@@ -237,7 +239,8 @@ class Averager:
         if self._per == "total":
             return  # nobody will ask
         self._covers.append((submodel, weight))
-        if len(self._covers) >= _BLOCK:
+        self._mask_bytes += sum(mask.size for mask in submodel.masks.values())
+        if len(self._covers) >= _BLOCK or self._mask_bytes >= self._mask_room:
             self._count_covers()
 
     def _count_covers(self) -> None:
@@ -248,16 +251,19 @@ class Averager:
             if weights is not None and held:
                 covers = [self._covers[row] for row in held]
                 count = self._coverage(name, weights[held], [s for s, _ in covers])
-                for s, w in covers:
-                    if name in s.masks:
-                        count = self._without_masked(name, count, s, w)
+                count = self._without_masked(name, count, covers)
                 self._counted[name] = self._counted.get(name, 0) + count
         self._covers.clear()
+        self._mask_bytes = 0
 
-    def _without_masked(self, name: str, count: np.ndarray, submodel: Submodel, weight: float) -> np.ndarray:
-        count = np.array(np.broadcast_to(count, self._layout.shapes[name]))
-        absent = torch.from_numpy(np.asarray(~submodel.masks[name], dtype=count.dtype))
-        add_at(torch.from_numpy(count), positions(self._layout, submodel, name), absent, -weight)
+    def _without_masked(self, name: str, count: np.ndarray, covers: list[tuple[Submodel, float]]) -> np.ndarray:
+        """Take the weight of each kind away from the entries that its mask leaves out."""
+        masked = [(submodel, weight) for submodel, weight in covers if name in submodel.masks]
+        if masked:
+            count = np.array(np.broadcast_to(count, self._layout.shapes[name]))
+        for submodel, weight in masked:
+            absent = torch.from_numpy(np.asarray(~submodel.masks[name], dtype=count.dtype))
+            add_at(torch.from_numpy(count), positions(self._layout, submodel, name), absent, -weight)
         return count
 
     def _coverage(self, name: str, weights: np.ndarray, submodels: list[Submodel]) -> np.ndarray:
@@ -303,9 +309,7 @@ class Averager:
         if pools:
             weights = np.stack([p.weights for p in pools]).astype(np.float32)
             weight = self._coverage(name, weights, [p.submodel for p in pools])
-            for pool in pools:
-                if name in pool.submodel.masks:
-                    weight = self._without_masked(name, weight, pool.submodel, float(pool.weights.max()))
+            weight = self._without_masked(name, weight, [(p.submodel, float(p.weights.max())) for p in pools])
         return np.asarray(weight + self._counted.get(name, np.float32(0)))
 
     def _numerator(self, name: str) -> torch.Tensor | None:

@@ -517,7 +517,9 @@ def held_bytes(thing: Any) -> int:
     return sum(seen.values())
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("leading", 3), ("without_outputs", 3), ("with_gaps", 4), ("wrapped", 4)])
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("leading", 3), ("without_outputs", 3), ("with_gaps", 4), ("wrapped", 4), ("masked", 5)]
+)
 def test_law_10_memory_does_not_grow_with_the_number_of_replies(kind: str, limit: int) -> None:
     layout = toy_task().layout
     rng = np.random.default_rng(0)
