@@ -395,7 +395,7 @@ class SubmodelStrategy(MethodStrategy):
                 self._note(self.record.failed, partition, str(cause))
         line = {**self.record.line(), **self.round_facts()}
         if self.on_round is not None:
-            self.on_round(line, self.checkpoint(), self.record.client_seconds)
+            self.on_round(line, self.checkpoint(), self.record.measured_seconds)
         if reached(line, self.settings.stop_at_accuracy):
             raise RunOver
         return None

@@ -64,7 +64,7 @@ class RoundRecord:
     macs: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase, its slowest device
     joules: float = 0.0
-    client_seconds: float = 0.0  # of processor time, as the clients measured their training: not in the line
+    client_seconds: float = 0.0  # of processor time, as the clients measured their training
     losses: list[tuple[float, float]] = field(default_factory=list)  # (weight, loss)
     refused: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
@@ -93,6 +93,11 @@ class RoundRecord:
         seconds = modelled_seconds(device, macs, bytes_down, bytes_up)
         self.seconds[phase] = max(self.seconds.get(phase, 0.0), seconds)
         self.joules += modelled_joules(device, macs, bytes_down, bytes_up)
+
+    @property
+    def measured_seconds(self) -> float:
+        """Of processor time, as the clients measured their training and what came before; not in the line."""
+        return self.client_seconds + self.before.client_seconds
 
     def line(self) -> dict[str, Any]:
         """The line of metrics.jsonl; keys without a value this round are left out."""

@@ -17,7 +17,7 @@ from flexfed.devices import Device
 from flexfed.jobs import Update
 from flexfed.runs import load_run
 from flexfed.submodel import full
-from strategies.record import RoundRecord
+from strategies.record import Preparation, RoundRecord
 
 ODD = Device(1, speed_macs_s=1e3, link_bytes_s=10.0, download_bytes_s=40.0, compute_watts=3.0, radio_watts=2.0)
 EVEN = Device(2, speed_macs_s=1e3, link_bytes_s=20.0)
@@ -39,6 +39,24 @@ def test_each_way_has_its_speed_and_the_slowest_device_ends_a_phase() -> None:
     assert (line["macs"], line["macs-evaluation"]) == (3000, 500)
 
 
+def test_what_came_before_round_1_counts_in_its_line_phase_by_phase() -> None:
+    before = Preparation(bytes_down=880)
+    before.count("explore", ODD, update(macs=2000), 400, 100)  # 22 s
+    before.count("explore", EVEN, update(macs=1000), 400, 100)  # 26 s
+    before.count("vote", ODD, update(macs=500), 80, 30)  # 5.5 s
+    record, alone = RoundRecord(1, before, bytes_down={1: 400}), RoundRecord(1, bytes_down={1: 400})
+    for found in (record, alone):
+        found.count(ODD, "full", update(macs=2000), 100)
+    line, rest = record.line(), alone.line()
+    for key in ("modelled-seconds", "modelled-seconds-training"):
+        assert line[key] - rest[key] == pytest.approx(26 + 5.5)
+    assert line["modelled-seconds-preparation"] == pytest.approx(26 + 5.5)
+    assert line["joules"] - rest["joules"] == pytest.approx(3 * 2.5 + 2 * (10 + 10 + 2 + 3) + 1 + 20 + 5)
+    assert (line["bytes-down"], line["bytes-up"], line["bytes-preparation"]) == (400 + 880, 100 + 230, 880 + 230)
+    assert (line["macs"], line["macs-preparation"]) == (2000 + 3500, 3500)
+    assert line.keys() - rest.keys() == {f"{key}-preparation" for key in ("bytes", "macs", "modelled-seconds")}
+
+
 def test_seconds_of_accepted_replies_are_summed_beside_the_line() -> None:
     record, quick = RoundRecord(1), RoundRecord(1)
     record.count(ODD, "full", update(macs=10, seconds=1.5), 100)
@@ -53,7 +71,7 @@ def saying(seconds: float, seen: list[float] | None = None, spoil: int = -1) -> 
     """Every trained client says that it took `seconds`; the one of partition `spoil` is refused."""
 
     def change(request: Message, reply: Message, partition: int) -> Message:
-        if request.metadata.message_type == "train":
+        if request.metadata.message_type.startswith("train"):
             found: Any = reply.content["metrics"]
             if seen is not None:
                 seen.append(found["seconds"])
@@ -81,6 +99,14 @@ def test_refused_replies_do_not_count(tmp_path: Path) -> None:
     (line,) = lines(run)
     assert [reply["partition"] for reply in line["refused"]] == [2]
     assert load_run(run).client_timing == {1: 1.5 * (len(line["cohort"]) - 1)}
+
+
+def test_seconds_of_exploration_count_in_round_1(tmp_path: Path) -> None:
+    values = {"num-server-rounds": 2, "fraction-train": 0.5}
+    found = load_run(run_toy(tmp_path, "autoflip", values, alter=saying(1.5)))
+    assert found.client_timing == {1: 1.5 * (4 + 2), 2: 1.5 * 2}
+    assert found.summary is not None
+    assert found.summary["client-seconds"] == 12.0
 
 
 def test_a_client_measures_its_training_in_processor_seconds(tmp_path: Path) -> None:
