@@ -112,8 +112,9 @@ class SubmodelStrategy(MethodStrategy):
             self.record = RoundRecord(resumed.server_round)
             self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
             self._private_rounds = {int(p): r for p, r in resumed.facts["private-rounds"].items()}
-            self.masks_held = {int(p): bytes.fromhex(key) for p, key in resumed.facts["masks-held"].items()}
-            self.preparation = Preparation(**resumed.facts["preparation"])
+            held = resumed.facts.get("masks-held", {})  # older runs have none, nor a preparation
+            self.masks_held = {int(p): bytes.fromhex(key) for p, key in held.items()}
+            self.preparation = Preparation(**resumed.facts.get("preparation", {}))
 
     # The round ------------------------------------------------------------------------------------------------
 
