@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import load_server
 from flexfed.devices import Device
+from flexfed.flower.grid import StreamingGrid
 from flexfed.flower.messages import encoded, job_content, num_bytes, update_content
 from flexfed.jobs import Assignment, Job, Update
 from flexfed.methods.autoflip import prunable_tensors
@@ -480,6 +481,22 @@ def test_a_diverged_explorer_is_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     assert sum(lines(run)[0]["trained"].values()) == 4  # they train all the same
     assert "client 1 left out: its deviations should be squares" in caplog.text
     assert "client 2 left out: too hot" in caplog.text
+
+
+def test_an_explorer_that_replies_twice_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    honest = run_toy(tmp_path, "autoflip")
+    once = StreamingGrid.send_and_receive
+
+    def twice(self: StreamingGrid, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        for reply in once(self, messages, timeout=timeout):
+            yield from [reply] * (2 if reply.metadata.message_type == "train.explore" else 1)
+
+    monkeypatch.setattr(StreamingGrid, "send_and_receive", twice)
+    run = run_toy(tmp_path, "autoflip")
+    assert caplog.text.count("it was not asked, or has replied already") == 4
+    assert (run / "metrics.jsonl").read_bytes() == (honest / "metrics.jsonl").read_bytes()
 
 
 def test_a_run_in_which_nobody_explored_ends(tmp_path: Path) -> None:
