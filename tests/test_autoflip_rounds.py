@@ -32,9 +32,9 @@ from flexfed.cost import num_parameters
 from flexfed.data import load_server
 from flexfed.devices import Device
 from flexfed.flower.grid import StreamingGrid
-from flexfed.flower.messages import encoded, job_content, num_bytes, update_content
+from flexfed.flower.messages import encoded, job_content, num_bytes, read_update, update_content
 from flexfed.jobs import Assignment, Job, Update
-from flexfed.methods.autoflip import prunable_tensors
+from flexfed.methods.autoflip import guidance_bytes, prunable_tensors, read_deviations
 from flexfed.methods.autoflip_masks import Deviations, guidance, keep_above, mean_deviations, num_pruned, random_scores
 from flexfed.methods.autoflip_units import covered, masked_part
 from flexfed.models import model_factory
@@ -114,6 +114,21 @@ def test_a_rounds_mask_comes_from_its_cohorts_explorers(ready: Any) -> None:
 
 def test_a_cohort_without_an_explorer_gets_the_mask_of_all(ready: Any) -> None:
     assert same_masks(cohort_mask(ready, 2), mask_of(0, 1, 3))
+
+
+def test_a_static_mask_is_that_of_all_explorers_whatever_the_cohort(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explore(made: Any, _: None) -> None:
+        for partition in (0, 1, 3):
+            made._receive(partition, explored(partition))
+
+    monkeypatch.setattr(AutoFLIP, "_explore", explore)
+    made = server(mask_mode="static")
+    made.prepare(None)
+    assert same_masks(made.levels()["full"], mask_of(0, 1, 3))
+    made.settings = replace(made.settings, fraction_train=0.25)
+    (job,) = made.assign(1, made.devices, np.random.default_rng(0)).values()
+    assert same_masks(job.submodel, mask_of(0, 1, 3))
+    assert not same_masks(job.submodel, mask_of(0))
 
 
 def test_the_order_of_replies_does_not_matter(ready: Any) -> None:
@@ -543,6 +558,10 @@ def test_fedlex_scales_gradients_from_round_2_on_and_prunes_nothing(tmp_path: Pa
     assert len(told[4]) == 4 * NUM  # type: ignore[arg-type]
     numbers = np.frombuffer(told[4], dtype="<f4")  # type: ignore[arg-type]
     assert 0 <= numbers.min() < numbers.max() == 1
+    replies = {partition: read_update(reply.content, LAYOUT) for partition, _, reply in listener.of("train.explore")}
+    found = [Deviations(1.0, read_deviations(LAYOUT, FOUND, update)) for _, update in sorted(replies.items())]
+    assert len(found) == 4
+    assert told[4] == guidance_bytes(LAYOUT, PRUNABLE, guidance(mean_deviations(found)))
     assert not any(masks_of(request) for _, request, _ in listener.of("train"))
     assert lines(run)[1]["sparsity"] == 0
     assert not same_bits(final_model(run), final_model(run_toy(tmp_path, "fedavg", {"num-server-rounds": 2})))
