@@ -183,9 +183,18 @@ def test_state_goes_through_a_checkpoint(ready: Any) -> None:
 def test_explorers_are_a_uniform_share_of_the_devices_that_can_explore() -> None:
     made = server(explore_fraction=0.5)
     assert len(made._chosen()) == 2
+    others = []
+    for seed in range(10):
+        made.settings = replace(made.settings, seed=seed)
+        others.append(tuple(made._chosen()))
+    assert len(set(others)) > 2
+    assert {partition for chosen in others for partition in chosen} == set(range(4))
     everybody = server()
     everybody.federation.devices = {p: Device(p, num_examples=20, memory_bytes=1e9 if p else 1e6) for p in range(4)}
     assert everybody._chosen() == [1, 2, 3]
+    most = server(explore_fraction=0.75)  # of all four, not of those that can
+    most.federation.devices = everybody.federation.devices
+    assert most._chosen() == [1, 2, 3]
     assert not everybody.can_train(Device(0, num_examples=20, memory_bytes=1e6))
 
 
@@ -334,6 +343,7 @@ def test_the_papers_settings_are_the_published_ones(name: str, classes: int, ima
         40,
     )
     assert experiment.settings.num_server_rounds == 200
+    assert experiment.settings.round_timeout >= 24 * 3600  # 150 epochs of all clients are one exchange
     assert max(1, int(experiment.settings.fraction_train * 20 + 1e-9)) == cohort
     assert len(task.layout.groups["conv1"]) == (128 if name == "cifar100" else 32)
 
