@@ -76,6 +76,13 @@ def test_known_masks_are_those_of_the_same_units() -> None:
         unpack(LAYOUT, forged, submodel)
 
 
+def test_equal_masks_of_other_units_have_another_key() -> None:
+    submodel, moved = masked(), np.zeros(LAYOUT.num_units, dtype=bool)
+    moved[: submodel.units.sum()] = True
+    assert not np.array_equal(moved, submodel.units)
+    assert replace(submodel, units=moved).masks_key != submodel.masks_key != b""
+
+
 def test_a_client_remembers_the_masks_it_was_sent() -> None:
     first = with_masks({}, job(masked()))
     assert known_masks(LAYOUT, first) == masked()
@@ -83,6 +90,8 @@ def test_a_client_remembers_the_masks_it_was_sent() -> None:
     second = with_masks({}, job(masked(1), {**first, "seen": np.ones(2)}))
     assert known_masks(LAYOUT, second) == masked(1)
     assert np.array_equal(second["seen"], np.ones(2))  # the method's own stays
+    fewer = replace(masked(), masks={"fc.bias": masked().masks["fc.bias"]})
+    assert known_masks(LAYOUT, with_masks({}, job(fewer, first))) == fewer  # none of the others stays
     own = with_masks({"seen": np.zeros(2)}, job(masked(1), second))
     assert known_masks(LAYOUT, own) == masked(1)
     assert not own["seen"].any()
