@@ -46,6 +46,7 @@ class Submodel:
             raise ValueError(f"units must be a bool vector, got {self.units.dtype} of shape {self.units.shape}")
         object.__setattr__(self, "units", self.units.copy())
         self.units.flags.writeable = False
+        object.__setattr__(self, "masks", {name: _frozen(mask) for name, mask in self.masks.items()})
 
     @cached_property
     def key(self) -> bytes:
@@ -72,6 +73,13 @@ class Submodel:
     def holds(self, tensor: str) -> bool:
         """Is the tensor present (as a whole or in part)?"""
         return self.keys is None or tensor in self.keys
+
+
+def _frozen(mask: np.ndarray) -> np.ndarray:
+    """A view that cannot be written through: keys are computed once."""
+    view = mask.view()
+    view.flags.writeable = False
+    return view
 
 
 def full(layout: Layout) -> Submodel:
@@ -241,7 +249,7 @@ def compose(outer: Submodel, inner: Submodel) -> Submodel:
 
 
 def within(inner: Submodel, outer: Submodel) -> bool:
-    """Does `outer` hold everything that `inner` holds?"""
+    """Does `outer` hold all units, tensors and axes that `inner` holds? Masks are not compared."""
     keys = outer.keys is None or (inner.keys is not None and inner.keys <= outer.keys)
     axes = CUTS.index(inner.cut) <= CUTS.index(outer.cut) or bool(outer.units.all())
     return keys and axes and not bool((inner.units & ~outer.units).any())

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,48 +32,14 @@ from flexfed.methods.autoflip_masks import (
     mean_deviations,
     random_scores,
 )
+from flexfed.methods.autoflip_store import DeviationStore
 from flexfed.methods.autoflip_units import Producer, close, covered, masked_part, producers, without_least_units
 from flexfed.networks import build_on_meta
 from flexfed.submodel import Submodel, full, narrow_sizes, pack, unpack
-from flexfed.tensorfile import read_tensors, write_tensors
 from flexfed.units import Arrays
 from strategies.fedavg import FedAvg
 
 log = logging.getLogger("flwr")
-
-FORMAT = "flexfed exploration 1"
-
-
-class DeviationStore:
-    """What each explorer found, on disk: one is as large as the network. In memory where there is no folder.
-
-    Args:
-        folder: made at the first one that is put.
-    """
-
-    def __init__(self, folder: Path | None):
-        self._folder = folder
-        self._held: dict[int, Arrays] = {}
-
-    def put(self, partition: int, deviations: Arrays) -> None:
-        """Keep an explorer's."""
-        if self._folder is None:
-            self._held[partition] = {name: array.copy() for name, array in deviations.items()}
-        else:
-            write_tensors(self._path(self._folder, partition), FORMAT, "", deviations)
-
-    def get(self, partition: int) -> Arrays:
-        """Find it again.
-
-        Raises:
-            ValueError: its file is missing or damaged.
-        """
-        if self._folder is None:
-            return self._held[partition]
-        return read_tensors(self._path(self._folder, partition), FORMAT)[1]
-
-    def _path(self, folder: Path, partition: int) -> Path:
-        return folder / f"{partition:06d}.safetensors"
 
 
 class AutoFLIP(FedAvg):
@@ -201,17 +166,25 @@ class AutoFLIP(FedAvg):
 
     @cached_property
     def _producers(self) -> dict[str, Producer]:
-        return producers(self.task.layout, build_on_meta(self.task.factory))
+        made = producers(self.task.layout, build_on_meta(self.task.factory))
+        return {group: producer for group, producer in made.items() if producer.tensor in self._prunable}
+
+    @cached_property
+    def _random_scores(self) -> Arrays:
+        """One draw for the run."""
+        shapes = {name: shape for name, shape in self.task.layout.shapes.items() if name in self._prunable}
+        rng = np.random.default_rng([self.settings.seed, 0, 8])
+        return guidance(random_scores(shapes, rng), self._config.normalise)
 
     def _scores(self, cohort: Sequence[int]) -> Arrays:
         """Scores of the prunable entries: of the cohort's explorers, of all where it has none."""
         config = self._config
-        shapes = {name: shape for name, shape in self.task.layout.shapes.items() if name in self._prunable}
         if config.score == "random":
-            rng = np.random.default_rng([self.settings.seed, 0, 8])  # one draw for the run
-            return guidance(random_scores(shapes, rng), config.normalise)
+            return self._random_scores
         if config.score == "magnitude":
-            return guidance({name: np.abs(self.arrays[name]) for name in shapes}, config.normalise)
+            return guidance(
+                {n: np.abs(self.arrays[n]) for n in self.task.layout.shapes if n in self._prunable}, config.normalise
+            )
         explorers = [p for p in cohort if p in self._explored] or list(self._explored)
         if config.agreement:
             return agreed_scores(self._deviations(explorers), config.quantile, config.normalise)

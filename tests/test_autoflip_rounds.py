@@ -36,6 +36,7 @@ from flexfed.flower.messages import encoded, job_content, num_bytes, read_update
 from flexfed.jobs import Assignment, Job, Update
 from flexfed.methods.autoflip import guidance_bytes, prunable_tensors, read_deviations
 from flexfed.methods.autoflip_masks import Deviations, guidance, keep_above, mean_deviations, num_pruned, random_scores
+from flexfed.methods.autoflip_store import DeviationStore
 from flexfed.methods.autoflip_units import covered, masked_part
 from flexfed.models import model_factory
 from flexfed.overrides import flatten, read_toml
@@ -44,7 +45,7 @@ from flexfed.submodel import flatten as flat_part
 from flexfed.tensorfile import open_tensors
 from flexfed.units import Arrays, trace_layout
 from strategies import STRATEGIES
-from strategies.autoflip import AutoFLIP, DeviationStore, nonzero_macs
+from strategies.autoflip import AutoFLIP, nonzero_macs
 
 TASK = toy_task("autoflip")
 LAYOUT = TASK.layout
@@ -234,8 +235,10 @@ def test_baselines_cut_as_many_entries_without_exploring(score: str) -> None:
         made._arrays = {n: a[..., ::-1].copy() for n, a in made.arrays.items()}
         assert cohort_mask(made, 0) != again
     else:
-        made.settings = Experiment.read({"strategy": "autoflip", "seed": 2}).settings
-        assert cohort_mask(made, 0) != again
+        other = server(score=score)
+        other.settings = Experiment.read({"strategy": "autoflip", "seed": 2}).settings
+        other.prepare(None)
+        assert cohort_mask(other, 0) != again
 
 
 def test_agreement_changes_the_mask() -> None:

@@ -23,7 +23,7 @@ class Deviations(NamedTuple):
     arrays: Mapping[str, np.ndarray]
 
 
-class Cut(NamedTuple):
+class Kept(NamedTuple):
     """The threshold, and tensor -> bool of its shape: the entries kept."""
 
     threshold: float
@@ -80,7 +80,7 @@ def _robust(array: np.ndarray) -> np.ndarray:
     return np.asarray((array - np.partition(array, middle, axis=None)[middle]) / (high - low))
 
 
-def keep_above(scores: Mapping[str, np.ndarray], quantile: float) -> Cut:
+def keep_above(scores: Mapping[str, np.ndarray], quantile: float) -> Kept:
     """Keep what scores above the quantile over all tensors together; what equals it is pruned.
 
     Without ties at the threshold floor(quantile * (N - 1)) + 1 of N entries are pruned, with ties more. Two guards
@@ -93,12 +93,12 @@ def keep_above(scores: Mapping[str, np.ndarray], quantile: float) -> Cut:
     if not 0 <= quantile < 1:
         raise ValueError(f"the quantile must be in [0, 1), got {quantile}")
     if quantile == 0:
-        return Cut(-np.inf, {name: np.ones(array.shape, dtype=bool) for name, array in scores.items()})
+        return Kept(-np.inf, {name: np.ones(array.shape, dtype=bool) for name, array in scores.items()})
     everything = np.concatenate([array.reshape(-1) for array in scores.values()])
     threshold, highest = float(np.quantile(everything, quantile)), float(everything.max())
     if threshold >= highest:
-        return Cut(threshold, {name: array == highest for name, array in scores.items()})
-    return Cut(threshold, {name: array > threshold for name, array in scores.items()})
+        return Kept(threshold, {name: array == highest for name, array in scores.items()})
+    return Kept(threshold, {name: array > threshold for name, array in scores.items()})
 
 
 def agreed_scores(explorers: Iterable[Deviations], quantile: float, normalise: Normalise) -> Arrays:
