@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from flexfed.codecs import PLAIN
-from flexfed.cost import message_bytes, modelled_seconds, round_macs, shares
+from flexfed.cost import decoded_bytes, message_bytes, modelled_seconds, round_macs, shares
 from flexfed.devices import Device
 from flexfed.jobs import Task
 from flexfed.select import kept_units
@@ -38,7 +38,7 @@ class Budget:
         round_deadline: modelled seconds that a device may take to receive a part, train it and send it back; 0 = any.
         macs_beside: part -> multiply-accumulates a sample beside training the part itself (distillation teachers).
         download_of: part -> what a device is sent for it, where it cuts the part out itself.
-        codec: how parts travel. In memory they are numbers again.
+        codec: how parts travel. In memory their numbers stand beside the message.
     """
 
     task: Task
@@ -82,12 +82,12 @@ class Budget:
 
     def memory(self, submodel: Submodel) -> int:
         """Bytes that a device needs to receive a part and to train it."""
-        received = self._message(self.download_of(submodel))
+        received = self._received(self.download_of(submodel))
         return received + self._once("train", submodel, lambda: self.task.memory_to_train(submodel))
 
     def memory_to_test(self, submodel: Submodel) -> int:
         """Bytes that a device needs to receive a part and to test it."""
-        return self._message(submodel) + self._once("test", submodel, lambda: self.task.memory_to_test(submodel))
+        return self._received(submodel) + self._once("test", submodel, lambda: self.task.memory_to_test(submodel))
 
     def seconds(self, device: Device, submodel: Submodel) -> float:
         """Modelled seconds of a device's training: receive a part, train it, send it back."""
@@ -95,11 +95,15 @@ class Budget:
         macs = round_macs(self._once("macs", submodel, lambda: self.task.macs(submodel)), device.num_examples, training)
         beside = self._once("beside", submodel, lambda: self.macs_beside(submodel))
         macs += beside * samples_trained(device.num_examples, training)
-        download = self._message(self.download_of(submodel), self.codec)
-        return modelled_seconds(device, macs, download, self._message(submodel, self.codec))
+        download = self._message(self.download_of(submodel))
+        return modelled_seconds(device, macs, download, self._message(submodel))
 
-    def _message(self, submodel: Submodel, codec: str = PLAIN) -> int:
-        return self._once(f"message {codec}", submodel, lambda: message_bytes(self.task.layout, submodel, codec))
+    def _message(self, submodel: Submodel) -> int:
+        return self._once("message", submodel, lambda: message_bytes(self.task.layout, submodel, self.codec))
+
+    def _received(self, submodel: Submodel) -> int:
+        decoded = self._once("decoded", submodel, lambda: decoded_bytes(self.task.layout, submodel, self.codec))
+        return self._message(submodel) + decoded
 
     def _once(self, what: str, submodel: Submodel, cost: Callable[[], N]) -> N:
         """A cost that is asked for again and again: for each device, and in each round."""

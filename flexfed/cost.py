@@ -53,6 +53,16 @@ def message_bytes(layout: Layout, submodel: Submodel, codec: str = PLAIN) -> int
     return math.ceil(1.02 * numbers) + masks + 256 * len(layout.shapes)
 
 
+def decoded_bytes(layout: Layout, submodel: Submodel, codec: str = PLAIN) -> int:
+    """What a device holds beside a message that it has read: dense float32 numbers are used where they stand in it.
+
+    Numbers that came as integers are decoded, masked tensors made dense, and masks are a byte an entry.
+    """
+    numbers = 0 if codec == PLAIN else part_bytes(layout, submodel)
+    entries = sum(mask.size for mask in submodel.masks.values())
+    return numbers + (BYTES_PER_NUMBER + 1) * entries
+
+
 def forward_macs(factory: Factory, layout: Layout, submodel: Submodel, input_shape: tuple[int, ...]) -> int:
     """Multiply-accumulates of one sample's forward pass, counted by torch on `meta` (it counts two FLOPs for each).
 

@@ -93,7 +93,8 @@ class AutoFLIP(FedAvg):
     def _chosen(self) -> list[int]:
         """Devices that are to explore: a uniform choice among those that can."""
         devices = self.federation.devices
-        budget = Budget(replace(self.task, training=exploration(self.task.training, self._config)))
+        task = replace(self.task, training=exploration(self.task.training, self._config))
+        budget = Budget(task, codec=self.settings.codec)
         able = sorted(p for p, device in devices.items() if budget.bears(device, self._whole))
         num = max(1, round(self._config.explore_fraction * len(devices)))
         rng = np.random.default_rng([self.settings.seed, 0, 7])  # not the rounds' own

@@ -82,7 +82,9 @@ class Compressed(SubmodelStrategy):
         return {
             name: cost.train_bytes
             if model
-            else cost.down_bytes + memory_to_train(self.task, self._widths[name], self._config.tiers[name])
+            else cost.down_bytes
+            + cost.decoded_bytes
+            + memory_to_train(self.task, self._widths[name], self._config.tiers[name])
             for name, cost in self._costs.items()
         }
 

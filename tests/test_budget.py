@@ -17,7 +17,7 @@ from toy import DIGITS, QUICK, lines, run_toy, toy_task
 import server_app
 from flexfed.budget import STEPS, Budget
 from flexfed.config import Experiment
-from flexfed.cost import memory_budget, message_bytes, num_parameters, training_memory
+from flexfed.cost import memory_budget, message_bytes, num_parameters, part_bytes, training_memory
 from flexfed.data import load_server
 from flexfed.devices import Device, load_fleet
 from flexfed.jobs import Task
@@ -183,12 +183,25 @@ def test_a_run_keeps_its_deadline(strategy: str, tmp_path: Path) -> None:
         assert len(set().union(*(line["dispatched"] for line in lines(run)))) > 1  # unequal devices, unequal parts
 
 
-def test_a_codec_saves_time_and_no_memory() -> None:
+def test_a_codec_saves_time_and_costs_memory() -> None:
     task = toy_task()
     whole, device = full(task.layout), Device(0, link_bytes_s=1e3)
     plain, coded = Budget(task), Budget(task, codec="int8")
     assert coded.seconds(device, whole) < 0.4 * plain.seconds(device, whole)
-    assert coded.memory(whole) == plain.memory(whole)
+    more = (
+        message_bytes(task.layout, whole, "int8") + part_bytes(task.layout, whole) - message_bytes(task.layout, whole)
+    )
+    assert coded.memory(whole) - plain.memory(whole) == more > 0
+    assert coded.memory_to_test(whole) - plain.memory_to_test(whole) == more
+
+
+def test_a_masked_part_takes_more_memory_than_its_message() -> None:
+    task = toy_task()
+    whole = full(task.layout)
+    masks = {name: np.arange(np.prod(shape)).reshape(shape) % 5 == 0 for name, shape in task.layout.shapes.items()}
+    masked, budget = Submodel(whole.units, masks=masks), Budget(task)
+    assert message_bytes(task.layout, masked) < 0.4 * message_bytes(task.layout, whole)
+    assert budget.memory(masked) > budget.memory(whole)
 
 
 def test_devices_that_hold_nothing_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

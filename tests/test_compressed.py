@@ -16,6 +16,7 @@ from toy import LAYOUTS, random_arrays, random_units, same_bits, scatter
 
 from flexfed.averaging import Averager
 from flexfed.codecs import CODECS, pieces, quantise
+from flexfed.cost import decoded_bytes
 from flexfed.jobs import Part
 from flexfed.methods.compressed import (
     CompressedConfig,
@@ -537,6 +538,9 @@ def test_bytes_are_the_length_of_the_arrays(layout: Layout, tier: Tier) -> None:
     flat = flatten(layout, part.submodel, part.arrays)
     assert cost.up_bytes == sum(array.nbytes for array in reply.encode(flat, here).values())
     assert cost.numbers == len(flat)
+    for codec in ("float32", "int8"):
+        told = tier_cost(layout, tier, codec).decoded_bytes
+        assert told == decoded_bytes(layout, part.submodel, tier.codec or codec)
 
 
 # --- invariants -----------------------------------------------------------------------------------------------------

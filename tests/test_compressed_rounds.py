@@ -87,9 +87,10 @@ def test_law_11_nobody_is_sent_more_bytes_than_it_holds() -> None:
 
 def test_a_device_that_tells_its_memory_must_have_what_torch_needs() -> None:
     layout = task().layout
-    for name in ("full", "w50", "q8"):
+    for name in ("full", "w50", "p50", "q8"):
         tier, part = parse_tier(name), prefix_ratio(layout, parse_tier(name).ratio)
-        need = tier_cost(layout, tier).down_bytes + memory_to_train(task(), part, tier)
+        cost = tier_cost(layout, tier)
+        need = cost.down_bytes + cost.decoded_bytes + memory_to_train(task(), part, tier)
         assert tier_of(Device(0, memory_bytes=need), ladder=name) == name
         assert tier_of(Device(0, memory_bytes=need - 1), ladder=name) is None
     enough = tier_cost(layout, parse_tier("p90")).train_bytes

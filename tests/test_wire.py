@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord
 from test_messages import LAYOUT, part, update
+from torch import nn
 from toy import DIGITS, lines, random_arrays, run_toy
 
 from flexfed.checkpoint import load_checkpoint
 from flexfed.client_state import known_masks, with_masks
 from flexfed.codecs import CODECS, pieces
-from flexfed.cost import num_parameters
+from flexfed.cost import decoded_bytes, num_parameters
 from flexfed.devices import Device
 from flexfed.flower.messages import encoded, job_content, num_bytes, read_job, read_update, update_content
 from flexfed.jobs import Assignment, Job
 from flexfed.models import model_factory
-from flexfed.submodel import Submodel, extract, flatten, narrow_shapes, pack, split_flat, unflatten, unpack
+from flexfed.submodel import Submodel, extract, flatten, full, narrow_shapes, pack, split_flat, unflatten, unpack
 from flexfed.units import trace_layout
 
 DEVICE = Device(0)
@@ -133,6 +135,23 @@ def test_jobs_and_replies_travel_as_the_assignment_says(codec: str) -> None:
     assert np.abs(first - flat).max() < 2 * np.abs(flat).max() / (2 ** (CODECS[codec].bits - 1) - 1)
     with pytest.raises(ValueError, match="a part as float32 has the arrays part; got codes, floats, scales"):
         read_update(reply, LAYOUT, Assignment(submodel, "full"))
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_what_a_device_holds_beside_the_message_it_has_read(codec: str, with_masks: bool) -> None:
+    layout = trace_layout(lambda: nn.Sequential(nn.Linear(1000, 400), nn.ReLU(), nn.Linear(400, 10)), (1000,))
+    submodel, rng = full(layout), np.random.default_rng(0)
+    if with_masks:
+        submodel = replace(submodel, masks={"0.weight": rng.uniform(size=layout.shapes["0.weight"]) < 0.3})
+    flat = np.asarray(rng.standard_normal(num_parameters(layout, submodel)), dtype=np.float32)
+    content = job_content(encoded(codec, layout, submodel, flat), Assignment(submodel, "full", {}, codec), 5, 1, {})
+    tracemalloc.start()
+    read = read_job(content, layout, DEVICE)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held == pytest.approx(decoded_bytes(layout, submodel, codec), rel=0.02, abs=50_000)
+    assert read.submodel == submodel
 
 
 def test_the_reason_of_a_refusal_does_not_depend_on_the_clock() -> None:

@@ -195,6 +195,7 @@ class TierCost:
         train_bytes: these and a float32 gradient of every number kept: what a device needs that computes on the
             compressed model itself. Torch needs more: `flexfed.methods.compressed.memory_to_train`.
         down_bytes: of the model's arrays and masks on the wire.
+        decoded_bytes: what torch's device holds beside those; see `flexfed.cost.decoded_bytes`.
         up_bytes: of its gradient's, without a mask.
     """
 
@@ -202,6 +203,7 @@ class TierCost:
     model_bytes: int
     train_bytes: int
     down_bytes: int
+    decoded_bytes: int
     up_bytes: int
 
 
@@ -225,10 +227,12 @@ def tier_cost(layout: Layout, tier: Tier, run_codec: str = PLAIN, reply_codec: s
     """
     here = tier_pieces(layout, tier)
     shapes = narrow_shapes(layout, prefix_ratio(layout, tier.ratio)).values()
-    mask_bytes = sum(-(-math.prod(shape) // 8) for shape in shapes if len(shape) > 1) if tier.prune else 0
+    entries = [math.prod(shape) for shape in shapes if len(shape) > 1] if tier.prune else []
+    mask_bytes = sum(-(-num // 8) for num in entries)
     model, down, up = (
         CODECS[name].num_bytes(here)
         for name in (tier.codec or PLAIN, tier.codec or run_codec, reply_codec if tier.codec else run_codec)
     )
     numbers, model_bytes = sum(here.sizes), model + mask_bytes
-    return TierCost(numbers, model_bytes, model_bytes + 4 * numbers, down + mask_bytes, up)
+    decoded = (0 if (tier.codec or run_codec) == PLAIN else 4 * numbers) + 5 * sum(entries)
+    return TierCost(numbers, model_bytes, model_bytes + 4 * numbers, down + mask_bytes, decoded, up)
