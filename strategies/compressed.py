@@ -39,7 +39,7 @@ class Compressed(SubmodelStrategy):
         self.per = "total" if self._config.aggregate == "zero-fill" else "coverage"
         self._mode: Mode = self._config.mode_for(self.task.training)
         self._velocity: Arrays = {}
-        self._known: tuple[Arrays, dict[tuple[str, int, int], Submodel]] | None = None  # a global model, its parts
+        self._known: tuple[Arrays, dict[tuple[float, float, int, int], Submodel]] | None = None  # a global model, its parts
         self._tiers_in_use: tuple[Mapping[int, Device], dict[str, Tier]] | None = None
         self._error = 0.0  # of the part that the reply at hand was trained from
         self._begin_round()
@@ -147,7 +147,8 @@ class Compressed(SubmodelStrategy):
             self._known = arrays, {}
         parts, selection = self._known[1], self._config.width_selection
         moves = tier.ratio < 1 and selection in ("rolling", "random")
-        key = (tier.name, server_round if moves else 0, partition if moves and selection == "random" else 0)
+        drawn_for = partition if moves and selection == "random" else 0
+        key = (tier.ratio, tier.prune, server_round if moves else 0, drawn_for)  # whatever its codec
         if key not in parts:
             units = self._units(tier.ratio, arrays, server_round, partition)
             parts[key] = pruned(self.task.layout, units, tier, arrays, self._config.prune_scope)

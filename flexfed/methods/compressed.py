@@ -37,9 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flexfed.codecs import CODECS, largest_code, scale_of
+from flexfed.codecs import CODECS, largest_code, quantise, scale_of
 from flexfed.cost import part_bytes
-from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
+from flexfed.jobs import Job, Part, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.compressed_server import pseudo_gradient
 from flexfed.methods.compressed_tiers import Scope, Tier, parse_ladder, parse_tier
 from flexfed.submodel import Submodel, flatten, narrow_shapes
@@ -186,6 +186,7 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
         return _gradient_update(job, task, network, data.train)
     trained = train_network(network.model, job, task, data.train, network.loss(), network.step)
     update = make_update(job, task, job.submodel, job.arrays, trained, float(len(data.train.labels)))
+    update = replace(update, trained=Part(job.submodel, network.on_levels(trained.arrays)))
     if mode == "pseudo":
         rate = task.training.rate_at(job.server_round)
         update = replace(update, difference=pseudo_gradient(update.difference, rate, network.num_steps))
@@ -235,6 +236,11 @@ class CompressedNetwork:
             return base(cast(nn.Module, partial(functional_call, model, levels)), inputs, labels)
 
         return of_levels if self._scales else base
+
+    def on_levels(self, arrays: Arrays) -> Arrays:
+        """Trained tensors as the device would use them: quantised ones on their levels, no latents."""
+        scales = {name: np.float32(scale) for name, scale in self._scales.items()}
+        return {n: quantise(a, self._bits, scales[n]) if n in scales else a for n, a in arrays.items()}
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """One step of the weights that are kept: a weight that is zero, and its gradient, too, stays zero."""
