@@ -54,10 +54,12 @@ def train(message: Message, context: Context) -> Message:
     task, data = _work(message, context)
     state = _state(message, context)
     job = replace(_job(message, context, task, state), state=state)
-    update = _timed(METHODS[_experiment(context).settings.strategy].local_update, job, task, data)
+    method = METHODS[_experiment(context).settings.strategy]
+    update = _timed(method.local_update, job, task, data)
     if _experiment(context).settings.personal == "stored-local" and update.trained is not None:
         update = replace(update, state={**update.state, **model_state(task, update.trained)})
-    update = replace(update, state=with_masks(update.state, job))
+    if method.masks_recur:
+        update = replace(update, state=with_masks(update.state, job))
     if update.state:
         save_state(_state_folder(message, context), job.server_round, update.state, _base(message))
     return Message(update_content(update, task.layout, job), reply_to=message)

@@ -33,6 +33,7 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
 )
 from flexfed.jobs import Assignment, Scalar, Task, Update
+from flexfed.methods import METHODS
 from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays, Layout
@@ -345,7 +346,8 @@ class SubmodelStrategy(MethodStrategy):
         self.record.count(self.devices[partition], level, update, num_bytes(reply))
         if update.metrics.get("kept-state"):
             self._private_rounds[partition] = server_round
-            self.masks_held[partition] = assignment.submodel.masks_key
+            if METHODS[self.settings.strategy].masks_recur:
+                self.masks_held[partition] = assignment.submodel.masks_key
         self.tests.keep(partition, update)
         self.observe(server_round, partition, update)
 

@@ -39,7 +39,9 @@ class Compressed(SubmodelStrategy):
         self.per = "total" if self._config.aggregate == "zero-fill" else "coverage"
         self._mode: Mode = self._config.mode_for(self.task.training)
         self._velocity: Arrays = {}
-        self._known: tuple[Arrays, dict[tuple[float, float, int, int], Submodel]] | None = None  # a global model, its parts
+        self._known: tuple[Arrays, dict[tuple[float, float, int, int], Submodel]] | None = (
+            None  # a global model, its parts
+        )
         self._tiers_in_use: tuple[Mapping[int, Device], dict[str, Tier]] | None = None
         self._error = 0.0  # of the part that the reply at hand was trained from
         self._begin_round()

@@ -21,6 +21,7 @@ class Method:
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
         ratio_policy: its default.
         personal: by default, which models of their own its clients test.
+        masks_recur: its masks can be those of the round before: clients keep them, so that they need not travel again.
     """
 
     config: type
@@ -29,12 +30,17 @@ class Method:
     any_width: bool = False
     ratio_policy: str = "level"
     personal: str = "none"
+    masks_recur: bool = False
     actions: Mapping[str, LocalUpdate] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {
     "autoflip": Method(
-        autoflip.AutoFLIPConfig, "autoflip.", autoflip.local_update, actions={"explore": autoflip.explore}
+        autoflip.AutoFLIPConfig,
+        "autoflip.",
+        autoflip.local_update,
+        masks_recur=True,
+        actions={"explore": autoflip.explore},
     ),
     "compressed": Method(compressed.CompressedConfig, "compressed.", compressed.local_update),
     "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update),
