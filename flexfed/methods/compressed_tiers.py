@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from flexfed.codecs import CODECS, PLAIN, Pieces, pieces, through
+from flexfed.cost import BYTES_PER_NUMBER
 from flexfed.jobs import Part
 from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, extract, narrow_shapes, positions, take
@@ -234,5 +235,6 @@ def tier_cost(layout: Layout, tier: Tier, run_codec: str = PLAIN, reply_codec: s
         for name in (tier.codec or PLAIN, tier.codec or run_codec, reply_codec if tier.codec else run_codec)
     )
     numbers, model_bytes = sum(here.sizes), model + mask_bytes
-    decoded = (0 if (tier.codec or run_codec) == PLAIN else 4 * numbers) + 5 * sum(entries)
-    return TierCost(numbers, model_bytes, model_bytes + 4 * numbers, down + mask_bytes, decoded, up)
+    floats = BYTES_PER_NUMBER * numbers
+    decoded = (0 if (tier.codec or run_codec) == PLAIN else floats) + (BYTES_PER_NUMBER + 1) * sum(entries)
+    return TierCost(numbers, model_bytes, model_bytes + floats, down + mask_bytes, decoded, up)
