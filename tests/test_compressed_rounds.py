@@ -163,6 +163,15 @@ def test_which_units_a_width_keeps() -> None:
     assert drawn.part_of(replace(device, capacity=1.0), 1).submodel == full(layout)
 
 
+def test_an_evaluated_width_rolls_as_the_dispatched_one_does() -> None:
+    weak = {p: Device(p, capacity=0.4, num_examples=9) for p in range(3)}
+    made = server(weak, width_selection="rolling")
+    for server_round in (1, 2, 5):
+        made.record = RoundRecord(server_round)
+        assert made.levels()["w50"] == window(task().layout, 0.5, server_round - 1)
+        assert made.levels()["w50"] == made.part_of(weak[0], server_round).submodel
+
+
 def test_masks_are_of_the_newest_global_model() -> None:
     made, layout = server(ladder="p50"), task().layout
     first = made.part_of(Device(0), 1).submodel
