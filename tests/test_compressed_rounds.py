@@ -13,7 +13,18 @@ import pytest
 from flwr.app import Message
 from safetensors.numpy import load_file
 from test_resume import go_on, killed_run, run, same_run
-from toy import failure, final_model, initial_model, lines, random_arrays, run_toy, same_bits, scatter, toy_task
+from toy import (
+    as_message,
+    failure,
+    final_model,
+    initial_model,
+    lines,
+    random_arrays,
+    run_toy,
+    same_bits,
+    scatter,
+    toy_task,
+)
 
 from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.config import Experiment
@@ -115,6 +126,14 @@ def test_the_deadline_counts_the_bytes_that_really_travel() -> None:
     assert tier_of(device, ladder="full", round_deadline=seconds, codec="int8") == "full"
 
 
+def test_the_deadline_counts_one_pass_where_a_reply_is_one_gradient() -> None:
+    device = Device(0, num_examples=64, speed_macs_s=1e8)
+    once = task().macs(full(task().layout)) * 3 * 64 / 1e8
+    values: dict[str, Any] = {"ladder": "full", "round_deadline": 1.5 * once, "local_epochs": 3}
+    assert tier_of(device, mode="grad", **values) == "full"
+    assert tier_of(device, mode="delta", **values) is None
+
+
 def test_a_device_that_keeps_half_of_the_units_gets_no_wider_tier() -> None:
     assert tier_of(Device(0, width=0.5)) == "w50"
     assert tier_of(Device(0, width=0.5), ladder="full, q8, p50, w25") == "w25"
@@ -170,6 +189,14 @@ def test_an_evaluated_width_rolls_as_the_dispatched_one_does() -> None:
         made.record = RoundRecord(server_round)
         assert made.levels()["w50"] == window(task().layout, 0.5, server_round - 1)
         assert made.levels()["w50"] == made.part_of(weak[0], server_round).submodel
+
+
+def test_devices_test_a_quantised_level_as_they_would_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = server({0: Device(0), 1: Device(1, capacity=0.3)}, ladder="full, q8", codec="int4", fraction_evaluate=1.0)
+    monkeypatch.setattr(made.federation, "message", lambda partition, content, *_: as_message(content))
+    assert list(made.levels()) == ["q8", "full"]
+    jobs = list(made.tests.messages(1, dict.fromkeys(made.levels())))
+    assert sorted(str(job.content.config_records["config"]["codec"]) for job in jobs) == ["int4", "int8"]
 
 
 def test_masks_are_of_the_newest_global_model() -> None:
