@@ -238,7 +238,7 @@ def cost_of(task: Task, level: str, part: Submodel, ratio: float | None = None, 
         ratio: kept fraction of each group's units; None where it is no such fraction.
         codec: how it travels.
     """
-    layout, budget = task.layout, Budget(task)
+    layout, budget = task.layout, Budget(task, codec=codec)
     return LevelCost(
         level,
         ratio,

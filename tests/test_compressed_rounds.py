@@ -14,7 +14,9 @@ from flwr.app import Message
 from safetensors.numpy import load_file
 from test_resume import go_on, killed_run, run, same_run
 from toy import (
+    Reply,
     as_message,
+    dense_mean,
     failure,
     final_model,
     initial_model,
@@ -22,7 +24,6 @@ from toy import (
     random_arrays,
     run_toy,
     same_bits,
-    scatter,
     toy_task,
 )
 
@@ -37,7 +38,7 @@ from flexfed.methods.compressed_tiers import compress, parse_tier, tier_cost
 from flexfed.methods.fedlps import model_norms
 from flexfed.networks import build_on_meta
 from flexfed.select import prefix_ratio, top, window
-from flexfed.submodel import Submodel, flatten, full, unflatten, unpack
+from flexfed.submodel import Submodel, full, unpack
 from strategies import STRATEGIES
 from strategies.compressed import Compressed
 from strategies.record import RoundRecord
@@ -491,27 +492,28 @@ def test_law_2_late_replies_give_the_same_bits_with_every_option(tmp_path: Path)
     assert same_bits(final_model(late), final_model(prompt))
 
 
-def test_the_mean_of_the_replies_is_what_scattering_them_gives(tmp_path: Path) -> None:
-    """One client: the global model moves by its difference where it held something, and not elsewhere."""
+@pytest.mark.parametrize(("aggregate", "per"), [("coverage", "coverage"), ("zero-fill", "total")])
+def test_the_mean_of_the_replies_is_what_scattering_them_gives(aggregate: str, per: str, tmp_path: Path) -> None:
     layout = task().layout
-    values = {"compressed.ladder": "p50q8", "fleet": "equal", "compressed.reply-codec": "float32"}
-    differences: list[Update] = []
+    values = {**MIXED, "compressed.reply-codec": "float32", "compressed.aggregate": aggregate, "evaluate-every": 5}
+    replies: list[Reply] = []
 
     def listen(request: Message, reply: Message, _: int) -> Message:
         if request.metadata.message_type == "train":
             packed: Any = dict(request.content.config_records["submodel"])
             flat = np.frombuffer(reply.content.array_records["arrays"]["part"].data, np.float32)
-            differences.append(Update(unpack(layout, packed), flat, 1.0, {}))
+            weight: Any = reply.content.metric_records["metrics"]["weight"]
+            replies.append((unpack(layout, packed), flat, weight))
         return reply
 
-    run_folder = run_toy(tmp_path, "compressed", values, clients=1, alter=listen)
+    run_folder = run_toy(tmp_path, "compressed", values, alter=listen)
     before, after = initial_model(run_folder), final_model(run_folder)
-    (only,) = differences
-    moved = scatter(layout, only.submodel, unflatten(layout, only.submodel, only.difference))
+    expected, covered = dense_mean(layout, before, replies, per)
+    assert any(part.masks for part, *_ in replies)
+    assert len({part.key for part, *_ in replies}) > 1
     for name in after:
-        np.testing.assert_allclose(after[name], before[name] + moved[name], atol=1e-6)
-    sent = compress(layout, full(layout), parse_tier("p50q8"), before)
-    assert len(only.difference) == len(flatten(layout, sent.submodel, sent.arrays))
+        np.testing.assert_allclose(after[name], expected[name], atol=1e-6)
+        assert np.array_equal(after[name][~covered[name]], before[name][~covered[name]])
 
 
 @pytest.mark.parametrize("name", ["full", "p90", "q8", "p50q8", "w50q4"])

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,10 +28,11 @@ import flexfed.export
 from flexfed import cli
 from flexfed.batchnorm import norm_widths
 from flexfed.checkpoint import load_checkpoint, save_checkpoint
+from flexfed.codecs import quantise
 from flexfed.data import DataConfig, load_server, normalise
 from flexfed.evaluation import with_statistics
 from flexfed.export import export_level, exported_facts, file_stem, load_exported, plain_network, to_onnx
-from flexfed.levels import read_levels
+from flexfed.levels import overview_of_run, read_levels
 from flexfed.models import model_factory
 from flexfed.networks import travelling
 from flexfed.select import prefix_ratio
@@ -102,6 +104,17 @@ def test_split(facts: Mapping[str, str]) -> Samples:
 
 
 test_split.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_a_quantised_level_is_exported_on_its_levels(runs: Path, tmp_path: Path) -> None:
+    folder = run(runs, "compressed")
+    for level, is_quantised in (("p50q8", True), ("p50", False)):
+        model = load_exported(export_level(folder, level, tmp_path, with_onnx=False).network)
+        weights = [p.detach().numpy() for p in model.parameters() if p.ndim > 1]
+        assert all(np.array_equal(weight, quantise(weight, 8)) == is_quantised for weight in weights)
+        assert all(0.4 < np.mean(weight == 0) < 0.6 or is_quantised for weight in weights)
+    costs = {cost.level: cost.message_bytes for cost in overview_of_run(folder).costs}
+    assert costs["p50q8"] < 0.5 * costs["p50"] < 0.5 * costs["full"]
 
 
 @torch.no_grad()
