@@ -268,6 +268,24 @@ def test_replies_weigh_by_how_near_their_model_was() -> None:
     assert assigned(ladder="q4")[0].weigh(reply_to(assignment)) == 20
 
 
+def test_each_reply_weighs_by_the_error_of_its_own_tier() -> None:
+    devices = {p: Device(p, capacity=c, num_examples=9) for p, c in enumerate((1.0, 0.3, 0.15))}
+    made = server(devices, ladder="full, q8, q4", alpha=2.0, fraction_train=1.0)
+    weights = []
+    for _, job in sorted(made.assign(1, devices, np.random.default_rng(0)).items()):
+        update = Update(job.submodel, np.zeros(1, np.float32), 9.0, {"steps": 1.0})
+        made.check(job, update)
+        weights.append(made.weigh(update))
+    assert weights[0] == 9 > weights[1] > weights[2] > 0
+
+
+def test_nobody_is_sent_a_quantised_tier_dense_to_test_it() -> None:
+    made, device = server(ladder="full, p50, q4"), Device(0, num_examples=9)
+    for capacity, level in ((1.0, "full"), (0.6, "p50"), (0.2, None)):
+        part = made.largest_part(replace(device, capacity=capacity), 1)
+        assert (part and part.level) == level
+
+
 def test_the_error_of_what_the_runs_codec_rounds_counts_too() -> None:
     made, _ = assigned(ladder="full", codec="int8")
     assert made.round_facts()["delta2-full"] == pytest.approx(assigned(ladder="q8")[0].round_facts()["delta2-q8"])
