@@ -25,6 +25,10 @@ def _nothing(_: Submodel) -> int:
     return 0
 
 
+def _none() -> int:
+    return 0
+
+
 def _itself(submodel: Submodel) -> Submodel:
     return submodel
 
@@ -39,6 +43,7 @@ class Budget:
         macs_beside: part -> multiply-accumulates a sample beside training the part itself (distillation teachers).
         download_of: part -> what a device is sent for it, where it cuts the part out itself.
         codec: how parts travel. In memory their numbers stand beside the message.
+        bytes_beside: of what every job carries besides its part; while training it is held once more.
     """
 
     task: Task
@@ -46,6 +51,7 @@ class Budget:
     macs_beside: Callable[[Submodel], int] = _nothing
     download_of: Callable[[Submodel], Submodel] = _itself
     codec: str = PLAIN
+    bytes_beside: Callable[[], int] = _none
     _known: dict[tuple[str, bytes], float] = field(default_factory=dict, repr=False, compare=False)
 
     def holds(self, device: Device, submodel: Submodel) -> bool:
@@ -82,7 +88,7 @@ class Budget:
 
     def memory(self, submodel: Submodel) -> int:
         """Bytes that a device needs to receive a part and to train it."""
-        received = self._received(self.download_of(submodel))
+        received = self._received(self.download_of(submodel)) + 2 * self.bytes_beside()
         return received + self._once("train", submodel, lambda: self.task.memory_to_train(submodel))
 
     def memory_to_test(self, submodel: Submodel) -> int:
@@ -95,7 +101,7 @@ class Budget:
         macs = round_macs(self._once("macs", submodel, lambda: self.task.macs(submodel)), device.num_examples, training)
         beside = self._once("beside", submodel, lambda: self.macs_beside(submodel))
         macs += beside * samples_trained(device.num_examples, training)
-        download = self._message(self.download_of(submodel))
+        download = self._message(self.download_of(submodel)) + self.bytes_beside()
         return modelled_seconds(device, macs, download, self._message(submodel))
 
     def _message(self, submodel: Submodel) -> int:

@@ -204,6 +204,11 @@ class AutoFLIP(FedAvg):
 
     # Who takes part, and the server's step ----------------------------------------------------------------------
 
+    def bytes_beside(self) -> int:
+        """FedLEx's guidance: float32 for every prunable entry."""
+        sizes = narrow_sizes(self.task.layout, self._whole)
+        return 4 * sum(sizes[name] for name in self._prunable) if self._config.fedlex else 0
+
     def levels(self) -> dict[str, Submodel]:
         """The masked network: what is published."""
         return {"full": self._part}

@@ -94,7 +94,7 @@ class SubmodelStrategy(MethodStrategy):
         self.folder = folder
         self.preparation = Preparation()
         codec, deadline = self.settings.codec, self.settings.round_deadline
-        self.budget = Budget(task, deadline, self.macs_beside, self.download_of, codec)
+        self.budget = Budget(task, deadline, self.macs_beside, self.download_of, codec, self.bytes_beside)
         self.tests = ClientTests(self)
         self.federation = Federation(task)
         self.devices: Mapping[int, Device] = {}  # as they are in this round

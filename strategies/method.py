@@ -112,6 +112,10 @@ class MethodStrategy(Strategy):
         """Multiply-accumulates a sample beside training a part itself, for the round's deadline."""
         return 0
 
+    def bytes_beside(self) -> int:
+        """Bytes that a job carries besides its part, at most, for memory and the round's deadline."""
+        return 0
+
     def download_of(self, submodel: Submodel) -> Submodel:
         """What a device is sent that is to train a part: the part, unless it cuts that out itself."""
         return submodel

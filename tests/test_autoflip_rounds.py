@@ -615,3 +615,11 @@ def test_clients_test_the_masked_network_that_they_trained(tmp_path: Path) -> No
 def test_a_personal_model_that_is_nobodys_own_is_refused() -> None:
     with pytest.raises(ValueError, match="choose 'stored-local' or 'none'"):
         AutoFLIP(Experiment.read({"strategy": "autoflip", "personal": "global-masked"}), TASK, None)  # type: ignore[arg-type]
+
+
+def test_fedlex_counts_its_guidance_in_what_a_device_must_hold_and_wait_for() -> None:
+    plain, fedlex = server(), server(fedlex=True)
+    whole, device = full(LAYOUT), Device(0, link_bytes_s=1e3)
+    assert fedlex.budget.memory(whole) - plain.budget.memory(whole) == 2 * 4 * NUM
+    waits = fedlex.budget.seconds(device, whole) - plain.budget.seconds(device, whole)
+    assert waits == pytest.approx(4 * NUM / 1e3)
