@@ -18,6 +18,8 @@ from flexfed.tensorfile import read_tensors, write_tensors
 from flexfed.units import Arrays, Layout
 
 FORMAT = "flexfed client state 1"
+LOST = "the private state of round"
+"""What the error of a client begins with that has lost its state."""
 
 
 def state_folder(node_dir: str, state_dir: str, resume: str, runs_dir: str, run: str, partition: int) -> Path:
@@ -57,9 +59,7 @@ def load_state(folder: Path, base: int) -> Arrays:
         return {}
     path = _path(folder, base)
     if not path.is_file():
-        raise ValueError(
-            f"the private state of round {base} is missing: expected {path}; did state-dir change, or the device?"
-        )
+        raise ValueError(f"{LOST} {base} is missing: expected {path}; did state-dir change, or the device?")
     return read_tensors(path, FORMAT)[1]
 
 
@@ -99,6 +99,11 @@ def with_masks(state: Arrays, job: Job) -> Arrays:
     kept = state or {name: array for name, array in job.state.items() if not name.startswith(_SENT)}
     packed = {f"{_SENT}{name}": np.frombuffer(data, dtype=np.uint8) for name, data in pack(sent).items()}
     return {**kept, **packed, f"{_SENT}key": np.frombuffer(sent.masks_key, dtype=np.uint8)}
+
+
+def is_copy(state: Arrays) -> bool:
+    """Whether a state holds nothing but what the server sent, and can send again."""
+    return all(name.startswith(_SENT) for name in state)
 
 
 def known_masks_key(state: Arrays) -> bytes:

@@ -81,7 +81,7 @@ class AutoFLIP(FedAvg):
             ValueError: nobody explored.
         """
         job = Assignment(self._whole, "full", reply_codec="float32")  # squares span many magnitudes: exact in any run
-        self.ask(grid, "explore", dict.fromkeys(self._chosen(), job), self._receive)
+        self.preparation.ask(self, grid, "explore", dict.fromkeys(self._chosen(), job), self._receive)
         if not self._explored:
             raise ValueError(
                 "no device has explored: none can train the whole network with autoflip.explore-optimizer, or all that "

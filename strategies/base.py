@@ -37,8 +37,10 @@ from flexfed.methods import METHODS
 from flexfed.resume import reached, refuse_other_data
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays, Layout
+from strategies.holdings import Holdings
 from strategies.method import MethodStrategy
-from strategies.record import Preparation, RoundRecord
+from strategies.preparation import Preparation
+from strategies.record import RoundRecord
 from strategies.testing import ClientTests
 
 log = logging.getLogger("flwr")
@@ -105,17 +107,14 @@ class SubmodelStrategy(MethodStrategy):
         self._statistics: Mapping[str, Statistics | None] = {}
         self._resumed = resumed
         self._begun = False
-        self._private_rounds: dict[int, int] = {}  # partition -> round of its last accepted private state
-        self.masks_held: dict[int, bytes] = {}  # partition -> key of the masks that stand in that state
+        self.holdings = Holdings()
         self._offset = 0  # Flower's `start` counts from 1 again
         if resumed is not None:
             self._statistics, self._offset = resumed.statistics, resumed.server_round
             self.record = RoundRecord(resumed.server_round)
             self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
-            self._private_rounds = {int(p): r for p, r in resumed.facts["private-rounds"].items()}
-            held = resumed.facts.get("masks-held", {})  # older runs have none, nor a preparation
-            self.masks_held = {int(p): bytes.fromhex(key) for p, key in held.items()}
-            self.preparation = Preparation(**resumed.facts.get("preparation", {}))
+            self.holdings = Holdings.from_facts(resumed.facts)
+            self.preparation = Preparation(**resumed.facts.get("preparation", {}))  # older runs have none
 
     # The round ------------------------------------------------------------------------------------------------
 
@@ -196,8 +195,7 @@ class SubmodelStrategy(MethodStrategy):
             "code": code_fingerprint(),
             "asked": self.asked,
             "accepted": self.accepted,
-            "private-rounds": {str(partition): r for partition, r in self._private_rounds.items()},
-            "masks-held": {str(partition): key.hex() for partition, key in self.masks_held.items()},
+            **self.holdings.facts(),
             "preparation": asdict(self.preparation),
             **self.transform,
         }
@@ -208,61 +206,22 @@ class SubmodelStrategy(MethodStrategy):
         return self._arrays
 
     def _jobs(self, server_round: int) -> Iterator[Message]:
-        for partition, message in self._messages("train", server_round, self._assigned):
+        for partition, message in self.messages("train", server_round, self._assigned):
             self.record.bytes_down[partition] = num_bytes(message)
             yield message
 
-    def _messages(
+    def messages(
         self, kind: str, server_round: int, assigned: Mapping[int, Assignment]
     ) -> Iterator[tuple[int, Message]]:
         """One job after the other, each distinct part made once."""
         parts: Parts = {}
         for partition, assignment in assigned.items():
             part, seed = self.part(parts, assignment), self.seed_of(server_round, partition)
-            extra, known = {**self.transform, **self.base_of(partition)}, self.masks_held.get(partition, b"")
-            content = job_content(part, assignment, seed, server_round, extra, known)
+            extra, masks = {**self.transform, **self.holdings.base_of(partition)}, self.holdings.masks_of(partition)
+            content = job_content(part, assignment, seed, server_round, extra, masks)
             yield partition, self.federation.message(partition, content, kind, server_round)
 
-    def ask(
-        self, grid: Grid, action: str, assigned: Mapping[int, Assignment], receive: Callable[[int, Update], None]
-    ) -> set[int]:
-        """Have clients do one of their method's actions before round 1; what it costs counts in that round's line.
-
-        Args:
-            grid: to them.
-            action: a key of `Method.actions`.
-            assigned: partition -> the part of the global model that it is sent.
-            receive: is given the replies, one at a time; one for which it raises ValueError is left out.
-
-        Returns:
-            The partitions whose replies were received.
-        """
-        asked = {partition: self.with_codecs(assignment) for partition, assignment in sorted(assigned.items())}
-        sent: dict[int, int] = {}  # partition -> bytes
-
-        def messages() -> Iterator[Message]:
-            for partition, message in self._messages(f"train.{action}", 0, asked):
-                sent[partition] = num_bytes(message)
-                self.preparation.bytes_down += sent[partition]
-                yield message
-
-        received: set[int] = set()
-        for reply in grid.send_and_receive(messages(), timeout=self.settings.round_timeout):
-            partition = self.federation.partition_of(reply)
-            try:
-                if partition in received or partition not in asked:
-                    raise ValueError("it was not asked, or has replied already")
-                update = self._read(reply, asked[partition])
-                receive(partition, update)
-            except ValueError as cause:
-                log.warning("%s: client %s left out: %s", action, partition, cause)
-            else:
-                received.add(partition)
-                device = self.federation.devices[partition]
-                self.preparation.count(action, device, update, sent[partition], num_bytes(reply))
-        return received
-
-    def _read(self, reply: Message, asked: Assignment | None) -> Update:
+    def read(self, reply: Message, asked: Assignment | None) -> Update:
         """A reply, believing no more of it than what was asked allows.
 
         Raises:
@@ -278,10 +237,6 @@ class SubmodelStrategy(MethodStrategy):
         """How its messages travel: as the method says, else as the run does."""
         codec = self.settings.codec
         return replace(assignment, codec=assignment.codec or codec, reply_codec=assignment.reply_codec or codec)
-
-    def base_of(self, partition: int) -> dict[str, Scalar]:
-        """The round of a client's last accepted private state, for its message; 0 = none."""
-        return {"private-round": self._private_rounds.get(partition, 0)}
 
     def seed_of(self, server_round: int, partition: int) -> int:
         """The seed of one client and round."""
@@ -314,6 +269,7 @@ class SubmodelStrategy(MethodStrategy):
             partition = self.federation.partition_of(reply)
             if reply.has_error():
                 self._note(self.record.failed, partition, cause_of(reply.error))
+                self.holdings.note_failure(partition, cause_of(reply.error))
             else:
                 try:
                     self._fold(averager, server_round, partition, reply)
@@ -330,7 +286,7 @@ class SubmodelStrategy(MethodStrategy):
 
     def _fold(self, averager: Averager, server_round: int, partition: int, reply: Message) -> None:
         assignment = self._assigned.get(partition)
-        update = self._read(reply, assignment)
+        update = self.read(reply, assignment)
         if assignment is None or partition in self._replied:
             raise ValueError("it was sent no job this round, or has replied already")
         if not within(update.submodel, assignment.submodel):
@@ -344,10 +300,8 @@ class SubmodelStrategy(MethodStrategy):
         averager.add(update.submodel, update.difference, self.weigh(update))
         self._replied.add(partition)
         self.record.count(self.devices[partition], level, update, num_bytes(reply))
-        if update.metrics.get("kept-state"):
-            self._private_rounds[partition] = server_round
-            if METHODS[self.settings.strategy].masks_recur:
-                self.masks_held[partition] = assignment.submodel.masks_key
+        recur = METHODS[self.settings.strategy].masks_recur
+        self.holdings.note(partition, server_round, update, assignment.submodel.masks_key if recur else b"")
         self.tests.keep(partition, update)
         self.observe(server_round, partition, update)
 

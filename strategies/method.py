@@ -74,7 +74,7 @@ class MethodStrategy(Strategy):
         return tuple(self.levels())
 
     def prepare(self, grid: Grid) -> None:
-        """Before round 1, once every device is known: pre-training, exploration (`SubmodelStrategy.ask`)."""
+        """Before round 1, once every device is known: pre-training, exploration (`strategies.preparation`)."""
 
     def assign(
         self, server_round: int, devices: Mapping[int, Device], rng: np.random.Generator

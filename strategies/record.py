@@ -12,41 +12,7 @@ from flexfed.cost import modelled_joules, modelled_seconds
 from flexfed.devices import Device
 from flexfed.jobs import Update
 from flexfed.training import Evaluation
-
-
-@dataclass
-class Preparation:
-    """What clients did and what travelled before round 1 (exploration); it counts in round 1's line.
-
-    Attributes:
-        seconds: of each phase, its slowest device.
-    """
-
-    bytes_down: int = 0
-    bytes_up: int = 0
-    macs: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    joules: float = 0.0
-    client_seconds: float = 0.0
-
-    def count(self, phase: str, device: Device, update: Update, bytes_down: int, bytes_up: int) -> None:
-        """Add a reply that was received."""
-        macs = int(update.metrics.get("macs", 0))
-        self.bytes_up += bytes_up
-        self.macs += macs
-        self.client_seconds += update.metrics.get("seconds", 0.0)
-        self.seconds[phase] = max(self.seconds.get(phase, 0.0), modelled_seconds(device, macs, bytes_down, bytes_up))
-        self.joules += modelled_joules(device, macs, bytes_down, bytes_up)
-
-    def line(self) -> dict[str, Any]:
-        """Its share of round 1's line; nothing where nothing was done."""
-        if not self.bytes_down:
-            return {}
-        return {
-            "bytes-preparation": self.bytes_down + self.bytes_up,
-            "macs-preparation": int(self.macs),
-            "modelled-seconds-preparation": sum(self.seconds.values()),
-        }
+from strategies.preparation import Preparation
 
 
 @dataclass

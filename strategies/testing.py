@@ -93,7 +93,9 @@ class ClientTests:
             if part is None:
                 continue
             if own is not None and self.mode == "stored-local":
-                content = stored_model_content(server_round, {**strategy.transform, **strategy.base_of(partition)})
+                content = stored_model_content(
+                    server_round, {**strategy.transform, **strategy.holdings.base_of(partition)}
+                )
             else:
                 content = self._part_content(partition, Assignment(part, "personal"), server_round, {"personal": True})
             yield self._message(True, partition, part, content, server_round)
@@ -115,8 +117,8 @@ class ClientTests:
         self, partition: int, assignment: Assignment, server_round: int, extra: Mapping[str, Any]
     ) -> RecordDict:
         strategy, found = self._strategy, self._strategy.with_codecs(assignment)
-        extra = {**strategy.transform, **strategy.base_of(partition), **extra}
-        known = strategy.masks_held.get(partition, b"")
+        extra = {**strategy.transform, **strategy.holdings.base_of(partition), **extra}
+        known = strategy.holdings.masks_of(partition)
         return job_content(strategy.part(self._parts, found), found, 0, server_round, extra, known)
 
     def _message(

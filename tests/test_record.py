@@ -17,7 +17,8 @@ from flexfed.devices import Device
 from flexfed.jobs import Update
 from flexfed.runs import load_run
 from flexfed.submodel import full
-from strategies.record import Preparation, RoundRecord
+from strategies.preparation import Preparation
+from strategies.record import RoundRecord
 
 ODD = Device(1, speed_macs_s=1e3, link_bytes_s=10.0, download_bytes_s=40.0, compute_watts=3.0, radio_watts=2.0)
 EVEN = Device(2, speed_macs_s=1e3, link_bytes_s=20.0)

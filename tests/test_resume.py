@@ -382,7 +382,7 @@ def test_other_data_are_refused_and_other_code_is_warned_of(
             go_on(left)
     found = load_checkpoint(left / "checkpoint")
     assert found is not None
-    facts = {key: value for key, value in found.facts.items() if key not in ("masks-held", "preparation")}
+    facts = {key: value for key, value in found.facts.items() if key not in ("masks-held", "masks-only", "preparation")}
     save_checkpoint(left / "checkpoint", replace(found, facts={**facts, "code": "other"}))  # as an older version
     go_on(left)
     assert "the run was begun by other code (other) than this (" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from test_messages import LAYOUT, part, update
 from torch import nn
 from toy import DIGITS, lines, random_arrays, run_toy
@@ -223,3 +223,21 @@ def test_bytes_of_a_coded_message_are_counted_as_they_are() -> None:
     for name in ("int8", "int4"):
         beside = sizes["float32"] - CODECS["float32"].num_bytes(tensors)
         assert sizes[name] - CODECS[name].num_bytes(tensors) == pytest.approx(beside, abs=300)
+
+
+def test_a_client_that_lost_its_masks_is_sent_them_again(tmp_path: Path) -> None:
+    asked: list[set[str]] = []
+
+    def listen(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "train" and partition == 0:
+            asked.append({key.partition(":")[0] for key in request.content.config_records["submodel"]})
+            if len(asked) == 1:
+                for path in tmp_path.glob("*/clients/000000/*"):
+                    path.unlink()
+        return reply
+
+    values = {"autoflip.explore-epochs": 1, "autoflip.mask-mode": "static", "num-server-rounds": 4}
+    folder = run_toy(tmp_path, "autoflip", values, alter=listen)
+    assert asked == [{"units", "mask"}, {"units", "masks"}, {"units", "mask"}, {"units", "masks"}]
+    failed = [[entry["partition"] for entry in line["failed"]] for line in lines(folder)]
+    assert failed == [[], [0], [], []]

@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from flexfed.batchnorm import Statistics
+from flexfed.client_state import is_copy
 from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device, from_record, to_record
 from flexfed.jobs import Assignment, Job, Update
@@ -177,7 +178,7 @@ def read_job(content: RecordDict, layout: Layout, device: Device, known: Submode
 
 
 def update_content(update: Update, layout: Layout, job: Job | None = None) -> RecordDict:
-    """A reply's records; of the private state only that there is one.
+    """A reply's records; of the private state only that there is one, or one of masks alone.
 
     Args:
         update: what was learned.
@@ -188,7 +189,7 @@ def update_content(update: Update, layout: Layout, job: Job | None = None) -> Re
     rng = None if job is None else np.random.default_rng([job.seed, 7])  # rounding at random: the mean is unbiased
     metrics = {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
     if update.state:
-        metrics["kept-state"] = 1.0
+        metrics["kept-masks" if is_copy(update.state) else "kept-state"] = 1.0
     content = RecordDict(
         {
             "arrays": ArrayRecord(encoded(codec, layout, update.submodel, update.difference, rng)),

@@ -17,7 +17,7 @@ class Method:
         config: its knobs.
         prefix: of their keys in the configuration.
         local_update: its work on the client.
-        actions: further work of its client, by name: `SubmodelStrategy.ask` asks for it in messages `train.<name>`.
+        actions: further work of its client, by name: asked for in messages `train.<name>`.
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
         ratio_policy: its default.
         personal: by default, which models of their own its clients test.
