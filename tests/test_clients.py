@@ -225,7 +225,7 @@ def test_a_job_is_left_as_it_came(method: str) -> None:
     bench = Bench()
     experiment = Experiment.read({**QUICK, "strategy": method})
     task = experiment.task(10, DIGITS)
-    job = replace(bench.job("L"), config={**bench.job("L").config, "ratio": 1.0})
+    job = replace(bench.job("L"), config={**bench.job("L").config, "ratio": 1.0, "tier": "p50q8"})
     for array in job.arrays.values():
         array.flags.writeable = False
     before = flatten(task.layout, job.submodel, job.arrays)
