@@ -69,10 +69,12 @@ def _spread_cell(row: Row, metric: str) -> str:
 
 
 def _number(metric: str, value: float | None, sign: str = "") -> str:
-    """Accuracies in percent with one digit, other metrics with three."""
+    """Accuracies in percent with one digit, other metrics with three; of a run that diverged three in all."""
     if value is None:
         return "-"
-    return f"{100 * value:{sign}.1f}" if metric.startswith("accuracy") else f"{value:{sign}.3f}"
+    if metric.startswith("accuracy"):
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if abs(value) < 1e4 else f"{value:{sign}.2e}"
 
 
 def _difference_table(comparison: Comparison) -> TextTable:

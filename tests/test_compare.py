@@ -151,6 +151,8 @@ def test_accuracy_by_data_stops_where_the_data_stops():
 def test_losses_are_no_percentages():
     found = Comparison("t", [Row("a", {1: run(loss=0.25)})], None, ["loss"])
     assert cell(found, 0, "a", "loss") == "0.250 (0.250)"
+    diverged = Comparison("t", [Row("a", {1: run(loss=2.92e29)})], None, ["loss"])
+    assert cell(diverged, 0, "a", "loss") == "2.92e+29 (2.92e+29)"
     assert len(tables(found)) == 2
 
 
