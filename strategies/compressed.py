@@ -12,7 +12,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from flexfed.checkpoint import State
-from flexfed.codecs import PLAIN, through
+from flexfed.codecs import CODECS, PLAIN, through
 from flexfed.cost import modelled_seconds, round_macs
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Part, Update
@@ -117,14 +117,30 @@ class Compressed(SubmodelStrategy):
         return self.tier_of(device) is not None
 
     def prepare(self, grid: Grid) -> None:
-        """Say so where some weights can never learn."""
-        tiers = self._used().values()
+        """Say so where some weights can never learn, or where the ladder is not one.
+
+        Raises:
+            ValueError: devices measure their memory, which must hold what torch needs; tiers are not chosen by that.
+        """
+        self._refuse_measuring_devices()
+        tiers, codec = self._used().values(), CODECS[self.settings.codec]
+        finer = [tier.name for tier in tiers if tier.codec and CODECS[tier.codec].bits > codec.bits]
+        if finer:
+            log.warning("codec=%s is coarser than tiers %s: larger tiers travel in fewer bits", codec.name, finer)
         fixed = self._config.width_selection in ("prefix", "l1")
         if all(tier.prune or (tier.ratio < 1 and fixed) for tier in tiers):
             log.warning(
                 "no device covers the whole model (tiers %s): weights that are small or last may never learn; a tier "
                 "that is quantised only, or compressed.width-selection='rolling', would reach them",
                 ", ".join(tier.name for tier in tiers) or "none",
+            )
+
+    def _refuse_measuring_devices(self) -> None:
+        measured = [p for p, device in self.federation.devices.items() if device.measure_memory]
+        if self._config.memory == "model" and measured:
+            raise ValueError(
+                "compressed.memory='model' gives devices tiers that they then refuse, because partitions "
+                f"{measured[:5]} measure their memory (measure-memory=true): leave compressed.memory='training'"
             )
 
     # Which part -------------------------------------------------------------------------------------------------

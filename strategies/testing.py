@@ -148,7 +148,8 @@ class ClientTests:
         else:
             strategy.record.clients.append(result)
         macs = samples * strategy.task.macs(part)
-        strategy.record.count_beside("test", device, macs, bytes_down, num_bytes(reply))
+        phase = "personal" if personal else "test"  # a device does one after the other
+        strategy.record.count_beside(phase, device, macs, bytes_down, num_bytes(reply))
 
     @cached_property
     def _own_statistics(self) -> bool:

@@ -540,3 +540,16 @@ def test_no_message_is_larger_than_the_most_that_is_told(name: str) -> None:
     part = compress(layout, prefix_ratio(layout, tier.ratio), tier, server().arrays).submodel
     travels = tier_cost(layout, tier).down_bytes
     assert travels + beside <= message_bytes(layout, part, tier.codec or PLAIN) <= 1.02 * travels + beside + 1
+
+
+def test_tiers_that_measuring_devices_would_refuse_are_refused_at_once() -> None:
+    made = server({0: Device(0), 3: Device(3, measure_memory=True)}, memory="model")
+    with pytest.raises(ValueError, match=r"partitions \[3\] measure their memory .*leave compressed.memory='training'"):
+        made.prepare(None)
+
+
+def test_a_codec_coarser_than_a_tier_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    made = server({0: Device(0)}, codec="int4", ladder="q8")
+    with caplog.at_level("WARNING", "flwr"):
+        made.prepare(None)
+    assert "codec=int4 is coarser than tiers ['q8']" in caplog.text
