@@ -711,7 +711,7 @@ def test_coverage_of_no_reply() -> None:
 def test_defaults() -> None:
     config = CompressedConfig()
     assert list(config.tiers) == ["full", "w50", "p50", "q8", "p50q8", "w25", "q4", "p90"]
-    assert (config.mode, config.aggregate, config.alpha, config.server_momentum) == ("auto", "coverage", 0, 0)
+    assert (config.mode, config.aggregate, config.alpha, config.server_momentum) == ("delta", "coverage", 0, 0)
     assert config.reply_codec == "int8"
 
 
@@ -720,7 +720,7 @@ def test_defaults() -> None:
     [
         ({"ladder": ("full", "p5O")}, "compressed.ladder: expected tiers like full, w50 .* got 'p5O'"),
         ({"ladder": ()}, "compressed.ladder: expected tiers, each once, got none"),
-        ({"mode": "sgd"}, "compressed.mode must be one of auto, pseudo, delta, grad, got 'sgd'"),
+        ({"mode": "sgd"}, "compressed.mode must be one of delta, pseudo, grad, got 'sgd'"),
         ({"width_selection": "best"}, "compressed.width-selection must be one of prefix, rolling, l1, random"),
         ({"prune_scope": "model"}, "compressed.prune-scope must be one of layer, global, got 'model'"),
         ({"memory": "all"}, "compressed.memory must be one of training, model, got 'all'"),
@@ -739,7 +739,8 @@ def test_impossible_values_are_refused(values: dict[str, Any], match: str) -> No
 
 def test_pseudo_gradients_need_plain_sgd() -> None:
     plain = Training(momentum=0.0)
-    assert CompressedConfig().mode_for(plain) == CompressedConfig(mode="pseudo").mode_for(plain) == "pseudo"
+    assert CompressedConfig(mode="pseudo").mode_for(plain) == "pseudo"
+    assert CompressedConfig().mode_for(plain) == "delta"
     for training in (Training(momentum=0.5), Training(momentum=0.0, optimizer="adam")):
         assert CompressedConfig().mode_for(training) == "delta"
         assert CompressedConfig(mode="grad").mode_for(training) == "grad"
