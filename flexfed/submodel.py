@@ -118,13 +118,22 @@ def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor:
 
 def narrow_shapes(layout: Layout, submodel: Submodel) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the part, in wire order."""
-    return {name: narrow_shape(layout, submodel, name) for name in layout.shapes if submodel.holds(name)}
+    counted: dict[int, int] = {}  # layouts share equal axes: each is counted once
+    return {name: _narrow_shape(layout, submodel, name, counted) for name in layout.shapes if submodel.holds(name)}
 
 
 def narrow_shape(layout: Layout, submodel: Submodel, tensor: str) -> tuple[int, ...]:
     """Shape of one tensor of the part."""
-    axes = zip(layout.shapes[tensor], axes_cut(layout, submodel, tensor), strict=True)
-    return tuple(n if units is None else int(np.count_nonzero(submodel.units[units])) for n, units in axes)
+    return _narrow_shape(layout, submodel, tensor, {})
+
+
+def _narrow_shape(layout: Layout, submodel: Submodel, tensor: str, counted: dict[int, int]) -> tuple[int, ...]:
+    shape = []
+    for size, units in zip(layout.shapes[tensor], axes_cut(layout, submodel, tensor), strict=True):
+        if units is not None and id(units) not in counted:
+            counted[id(units)] = int(np.count_nonzero(submodel.units[units]))
+        shape.append(size if units is None else counted[id(units)])
+    return tuple(shape)
 
 
 def narrow_sizes(layout: Layout, submodel: Submodel) -> dict[str, int]:

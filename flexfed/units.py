@@ -60,6 +60,7 @@ class Layout:
             axes = self.axes.get(name, ())
             if len(axes) != len(shape) or any(a is not None and len(a) != n for a, n in zip(axes, shape, strict=True)):
                 raise ValueError(f"axes of {name!r} do not fit its shape {shape}")
+        object.__setattr__(self, "axes", _shared_axes(self.axes))
 
     @property
     def num_units(self) -> int:
@@ -99,6 +100,14 @@ class Layout:
         if len(found) > 1:
             raise ValueError(f"axis {axis} of {tensor!r} holds several groups: {', '.join(found)}")
         return found[0] if found else ""
+
+
+def _shared_axes(
+    axes: Mapping[str, tuple[np.ndarray | None, ...]],
+) -> dict[str, tuple[np.ndarray | None, ...]]:
+    """Equal axes as one object: what is found for one of them holds for all."""
+    known: dict[bytes, np.ndarray] = {}
+    return {n: tuple(u if u is None else known.setdefault(u.tobytes(), u) for u in own) for n, own in axes.items()}
 
 
 def trace_layout(factory: Factory, example_shape: tuple[int, ...]) -> Layout:
