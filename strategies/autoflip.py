@@ -41,6 +41,8 @@ from strategies.fedavg import FedAvg
 
 log = logging.getLogger("flwr")
 
+_KINDS = ("part/", "velocity/")  # of a checkpoint's tensors
+
 
 class AutoFLIP(FedAvg):
     """One mask for all, found by exploration before round 1; see `flexfed.methods.autoflip`.
@@ -53,6 +55,7 @@ class AutoFLIP(FedAvg):
         super().__init__(*args, **kwargs)
         self._explored: dict[int, tuple[float, int]] = {}  # partition -> examples, epochs
         self._part = full(self.task.layout)  # of this round; masked once there is a mask
+        self._held = covered(self.task.layout, self._part)
         self._velocity: Arrays = {}
         if self.settings.personal == "global-masked":
             raise ValueError(
@@ -156,14 +159,9 @@ class AutoFLIP(FedAvg):
         self._take(masked_part(layout, masks, alive))
 
     def _take(self, part: Submodel) -> None:
+        """This round's part, and the entries that it holds, as masks of full shape."""
         if part != self._part:
-            self._part = part
-            self.__dict__.pop("_held", None)
-
-    @cached_property
-    def _held(self) -> Arrays:
-        """The entries that this round's part holds, as masks of full shape."""
-        return covered(self.task.layout, self._part)
+            self._part, self._held = part, covered(self.task.layout, part)
 
     @cached_property
     def _producers(self) -> dict[str, Producer]:
@@ -273,9 +271,6 @@ class AutoFLIP(FedAvg):
         of = {kind: {n.removeprefix(kind): a for n, a in state.items() if n.startswith(kind)} for kind in _KINDS}
         self._take(unpack(self.task.layout, {key: bits.tobytes() for key, bits in of["part/"].items()}))
         self._velocity = of["velocity/"]
-
-
-_KINDS = ("part/", "velocity/")
 
 
 def nonzero_macs(task: Task, submodel: Submodel) -> int:
