@@ -14,25 +14,20 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from flexfed.checkpoint import refuse_other_network
 from flexfed.compare import find_comparable
 from flexfed.config import Experiment
-from flexfed.cost import num_parameters
 from flexfed.data import ServerData, check_partition, load_server, normalisation, normalise
 from flexfed.devices import load_fleet
 from flexfed.diary import Diary
 from flexfed.flower.grid import InProcessGrid, StreamingGrid
 from flexfed.flower.messages import to_record_of_arrays
-from flexfed.jobs import Task
-from flexfed.models import load_weights
-from flexfed.networks import travelling
+from flexfed.models import Convention
 from flexfed.report import final_table
 from flexfed.resume import open_run
 from flexfed.runs import RunFolder, load_run
-from flexfed.soundness import check_parts
 from flexfed.units import Arrays
 from strategies import STRATEGIES
-from strategies.base import RunOver, SubmodelStrategy
+from strategies.federated import FederatedStrategy, RunOver
 
 app = ServerApp()
 log = logging.getLogger("flwr")
@@ -81,29 +76,26 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
         return resumed.folder.path
     torch.set_num_threads(settings.torch_threads)
     load_fleet(settings.fleet)
-    server, transform = _normalised(load_server(experiment.data))
-    task = experiment.task(server.info.num_classes, server.info.input_shape)
+    kind = STRATEGIES[settings.strategy]
+    server, transform = _normalised(load_server(experiment.data), kind.convention(experiment))
     stood = resumed.checkpoint if resumed else None
-    initial = stood.arrays if stood else initial_arrays(task, settings.weights, settings.seed)
-    if stood:
-        refuse_other_network(stood, task.layout)
-    else:  # a run that goes on was checked when it began
-        check_parts(task.factory, task.layout, initial, task.input_shape)
+    task, initial = kind.set_up(experiment, server.info, stood)
     diary = Diary(config, settings, run_id, resumed)
     transform["run"] = stood.facts["run"] if stood else diary.folder.path.name
     folder = diary.folder.path
-    strategy = STRATEGIES[settings.strategy](experiment, task, server, transform, diary.write, stood, folder)
+    strategy = kind(experiment, task, server, transform, diary.write, stood, folder)
     try:
         _drive(strategy, grid, initial, diary)
     finally:
         diary.close()
     if strategy.asked and not strategy.accepted:
         raise RuntimeError(f"no valid reply in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
-    _finish(diary.folder, strategy)
+    diary.folder.finish(strategy.final_model(), strategy.summary_facts())
+    _show(diary.folder)
     return diary.folder.path
 
 
-def _drive(strategy: SubmodelStrategy, grid: Grid, initial: Arrays, diary: Diary) -> None:
+def _drive(strategy: FederatedStrategy, grid: Grid, initial: Arrays, diary: Diary) -> None:
     """Run rounds until there are none left, or the strategy says that it is over."""
     settings = strategy.settings
     in_order = settings.reply_order == "cohort"
@@ -118,18 +110,12 @@ def _drive(strategy: SubmodelStrategy, grid: Grid, initial: Arrays, diary: Diary
             strategy.start(streaming, to_record_of_arrays(initial), num_rounds, settings.round_timeout)
 
 
-def initial_arrays(task: Task, weights: str, seed: int) -> Arrays:
-    """The global model before round 1: freshly drawn from the seed, or read."""
-    torch.manual_seed(seed)
-    model = task.factory()
-    if weights:
-        load_weights(model, weights)
-    return {name: tensor.detach().numpy() for name, tensor in travelling(model).items()}
+def _normalised(raw: ServerData, convention: Convention | None) -> tuple[ServerData, dict[str, Any]]:
+    """The server's data, normalised, and what clients need to do the same.
 
-
-def _normalised(raw: ServerData) -> tuple[ServerData, dict[str, Any]]:
-    """The server's data by the proxy split's mean and deviation, and what clients need to do the same."""
-    mean, std = normalisation(raw.proxy)
+    By a network's own convention where it has one, else by the proxy split's mean and deviation.
+    """
+    mean, std = convention or normalisation(raw.proxy)
     server = replace(raw, proxy=normalise(raw.proxy, mean, std), test=normalise(raw.test, mean, std))
     return server, {
         "num-classes": raw.info.num_classes,
@@ -137,25 +123,6 @@ def _normalised(raw: ServerData) -> tuple[ServerData, dict[str, Any]]:
         "input-mean": list(mean),
         "input-std": list(std),
     }
-
-
-def _finish(folder: RunFolder, strategy: SubmodelStrategy) -> None:
-    """Model, summary, picture; then the table."""
-    settings, layout = strategy.settings, strategy.task.layout
-    top = list(strategy.levels().values())[-1]
-    facts = {
-        "strategy": settings.strategy,
-        "model": settings.model,
-        "dataset": strategy.experiment.data.dataset,
-        "seed": settings.seed,
-        "clients": len(strategy.federation.devices),
-        "clients-testing": strategy.num_testers(),
-        "parameters": num_parameters(layout, top),
-        "headline-levels": list(strategy.headline()),
-        **strategy.facts(),
-    }
-    folder.finish(strategy.final_model(), facts)
-    _show(folder)
 
 
 def _show(folder: RunFolder) -> None:

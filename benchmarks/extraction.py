@@ -17,10 +17,10 @@ from benchmarks.folding import RATES, draw_model, plan, resnet_layout
 from benchmarks.measuring import Row, interleaved
 from benchmarks.rounds import in_process_strategy
 from flexfed.flower.messages import to_array, to_record_of_arrays
+from flexfed.jobs import initial_arrays
 from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, extract, flatten
 from flexfed.units import Arrays, Layout
-from server_app import initial_arrays
 
 METHODS: dict[str, dict[str, object]] = {
     "heterofl": {"heterofl.assign": "fix"},

@@ -23,7 +23,7 @@ from flexfed.config import Experiment
 from flexfed.data import load_server
 from flexfed.flower.grid import InProcessGrid, StreamingGrid
 from flexfed.flower.messages import to_record_of_arrays
-from flexfed.jobs import evaluate_part
+from flexfed.jobs import evaluate_part, initial_arrays
 from flexfed.methods import METHODS
 from flexfed.overrides import defaults
 from strategies import STRATEGIES
@@ -117,7 +117,7 @@ Spans = tuple[Clock, Clock]  # the whole, and the clients' own work in it
 def _rounds(work: Stopwatch) -> Iterator[tuple[Spans, Spans]]:
     """Train and evaluate round after round."""
     strategy, grid = in_process_strategy("heterofl", NUM_CLIENTS, {"fraction-train": 1.0, "fraction-evaluate": 1.0})
-    arrays, config = to_record_of_arrays(server_app.initial_arrays(strategy.task, "", 1)), ConfigRecord()
+    arrays, config = to_record_of_arrays(initial_arrays(strategy.task, "", 1)), ConfigRecord()
     for server_round in range(1, NUM_ROUNDS + 2):
         begin, own = Clock.now(), work.total
         jobs = strategy.configure_train(server_round, arrays, config, grid)

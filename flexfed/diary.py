@@ -13,7 +13,7 @@ from flexfed.checkpoint import Checkpoint, save_checkpoint
 from flexfed.config import Settings
 from flexfed.report import EventWriter, round_line
 from flexfed.resume import Resumed, is_over, run_identity
-from flexfed.runs import RunFolder
+from flexfed.runs import Measured, RunFolder
 
 log = logging.getLogger("flwr")
 
@@ -66,13 +66,13 @@ class Diary:
         marked = replace(checkpoint, run=self._identity, metrics_bytes=self._num_bytes)
         save_checkpoint(self.folder.path / "checkpoint", marked)
 
-    def write(self, line: dict[str, Any], checkpoint: Checkpoint, client_seconds: float) -> None:
+    def write(self, line: dict[str, Any], checkpoint: Checkpoint, clients: Measured) -> None:
         """One round is over. The checkpoint comes last: a kill before it makes this round run again.
 
         Args:
             line: of metrics.jsonl.
             checkpoint: where the run stands now.
-            client_seconds: of processor time, as the clients measured their training.
+            clients: what they measured.
 
         Raises:
             RuntimeError: somebody else writes to the run folder, too.
@@ -83,7 +83,7 @@ class Diary:
             raise RuntimeError(f"another process writes to {self.folder.path}, too: end one, and resume")
         self.folder.append_round(line)
         self._num_bytes = self.folder.num_bytes()
-        self.folder.append_timing(line["round"], seconds, client_seconds)
+        self.folder.append_timing(line["round"], seconds, clients)
         self._events.add(line)
         self.save(checkpoint)
         for complaint in [*line["failed"], *line["refused"]][-1:]:

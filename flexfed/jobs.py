@@ -14,7 +14,8 @@ from flexfed.codecs import PLAIN
 from flexfed.cost import forward_macs, memory_budget, testing_memory, training_macs, training_memory
 from flexfed.devices import Device
 from flexfed.measure import free_memory
-from flexfed.networks import Factory
+from flexfed.models import load_weights
+from flexfed.networks import Factory, travelling
 from flexfed.submodel import (
     Submodel,
     flatten,
@@ -164,6 +165,15 @@ class Trained(NamedTuple):
 
 LocalUpdate = Callable[[Job, Task, "ClientData"], Update]
 """A method's work on the client."""
+
+
+def initial_arrays(task: Task, weights: str, seed: int) -> Arrays:
+    """The global model before round 1: freshly drawn from the seed, or read."""
+    torch.manual_seed(seed)
+    model = task.factory()
+    if weights:
+        load_weights(model, weights)
+    return {name: tensor.detach().numpy() for name, tensor in travelling(model).items()}
 
 
 def free_memory_of(job: Job) -> float:

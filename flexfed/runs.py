@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,19 @@ DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
 # The same of models of their own: over the clients whose device can train anything at all.
 PERSONAL_MEANS = frozenset({"accuracy-personal", "accuracy-personal-worst-tenth"})
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
-CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "client-seconds", "time", "timestamp"})
+CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "client-seconds", "client-joules", "time", "timestamp"})
+
+
+class Measured(NamedTuple):
+    """What a round's clients measured.
+
+    Attributes:
+        seconds: of processor time, while they worked.
+        joules: as their own meters told, where one had any.
+    """
+
+    seconds: float
+    joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +157,13 @@ class RunFolder:
             raise ValueError(f"metrics.jsonl must not depend on the clock, got {sorted(clocks)}; use append_timing")
         _append_line(self.path / "metrics.jsonl", metrics)
 
-    def append_timing(self, server_round: int, seconds: float, client_seconds: float) -> None:
-        """Add what was measured of one round to timing.jsonl: its seconds, and its clients' seconds of training."""
-        measured = {"seconds": round(seconds, 3), "client-seconds": round(client_seconds, 3)}
-        _append_line(self.path / "timing.jsonl", {"round": server_round, **measured})
+    def append_timing(self, server_round: int, seconds: float, clients: Measured) -> None:
+        """Add what was measured of one round to timing.jsonl: its seconds, and what its clients measured."""
+        line: dict[str, Any] = {"round": server_round, "seconds": round(seconds, 3)}
+        line["client-seconds"] = round(clients.seconds, 3)
+        if clients.joules is not None:
+            line["client-joules"] = round(clients.joules, 3)
+        _append_line(self.path / "timing.jsonl", line)
 
     def finish(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write model.safetensors, curves.png and, last, summary.json; return the summary.

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from flexfed.averaging import Averager
 from flexfed.batchnorm import Statistics
 from flexfed.budget import Budget
-from flexfed.checkpoint import Checkpoint
+from flexfed.checkpoint import Checkpoint, refuse_other_network
 from flexfed.config import Experiment
 from flexfed.cost import num_parameters
-from flexfed.data import ServerData
-from flexfed.devices import Device
+from flexfed.data import DatasetInfo, ServerData
 from flexfed.evaluation import measure_levels, with_statistics
-from flexfed.flower.federation import Federation
 from flexfed.flower.messages import (
     cause_of,
-    code_fingerprint,
     encoded,
     from_record_of_arrays,
     job_content,
@@ -32,11 +28,12 @@ from flexfed.flower.messages import (
     read_update,
     to_record_of_arrays,
 )
-from flexfed.jobs import Assignment, Scalar, Task, Update
+from flexfed.jobs import Assignment, Scalar, Task, Update, initial_arrays
 from flexfed.methods import METHODS
-from flexfed.resume import reached, refuse_other_data
+from flexfed.soundness import check_parts
 from flexfed.submodel import Submodel, extract, flatten, full, pack, within
 from flexfed.units import Arrays, Layout
+from strategies.federated import OnRound
 from strategies.holdings import Holdings
 from strategies.method import MethodStrategy
 from strategies.preparation import Preparation
@@ -56,25 +53,10 @@ MOST_MACS = 1e18
 """A reply that claims more is not believed: a year's work of the fastest machines."""
 
 
-class RunOver(Exception):
-    """The rounds end early: the accuracy asked for is reached."""
-
-
 class SubmodelStrategy(MethodStrategy):
     """One method's server: the rounds, given what the method says (`strategies.method`).
 
-    Flower's own `start` drives the rounds. Give it a `StreamingGrid`: replies are then folded one at a time as
-    they arrive. A plain grid works too.
-
-    Args:
-        experiment: the run's configuration.
-        task: the network and how it is trained.
-        server: the proxy and test splits, normalised.
-        transform: values every job carries: how to normalise as the server does, and the name of the run.
-        on_round: called after every round with its line, with all that is needed to go on from there, and with the
-            processor seconds that its clients measured.
-        resumed: where the run stood when it was left; its next round is the first one here.
-        folder: of the run.
+    Args are those of `FederatedStrategy`; `task` is the network and how it is trained.
     """
 
     def __init__(
@@ -83,38 +65,34 @@ class SubmodelStrategy(MethodStrategy):
         task: Task,
         server: ServerData,
         transform: Mapping[str, Scalar] | None = None,
-        on_round: Callable[[dict[str, Any], Checkpoint, float], None] | None = None,
+        on_round: OnRound | None = None,
         resumed: Checkpoint | None = None,
         folder: Path | None = None,
     ):
-        self.experiment = experiment
-        self.settings = experiment.settings
-        self.task = task
-        self.server = server
-        self.transform = dict(transform or {})
-        self.on_round = on_round
-        self.folder = folder
+        super().__init__(experiment, task, server, transform, on_round, resumed, folder)
         self.preparation = Preparation()
         codec, deadline = self.settings.codec, self.settings.round_deadline
         self.budget = Budget(task, deadline, self.macs_beside, self.download_of, codec, self.bytes_beside)
         self.tests = ClientTests(self)
-        self.federation = Federation(task)
-        self.devices: Mapping[int, Device] = {}  # as they are in this round
-        self.record = RoundRecord(0)
-        self.asked = self.accepted = 0  # jobs and valid replies of the whole run
         self._assigned: Mapping[int, Assignment] = {}
         self._replied: set[int] = set()  # whose reply of this round counts
         self._statistics: Mapping[str, Statistics | None] = {}
-        self._resumed = resumed
-        self._begun = False
         self.holdings = Holdings()
-        self._offset = 0  # Flower's `start` counts from 1 again
         if resumed is not None:
-            self._statistics, self._offset = resumed.statistics, resumed.server_round
-            self.record = RoundRecord(resumed.server_round)
-            self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
+            self._statistics = resumed.statistics
             self.holdings = Holdings.from_facts(resumed.facts)
             self.preparation = Preparation(**resumed.facts.get("preparation", {}))  # older runs have none
+
+    @classmethod
+    def set_up(cls, experiment: Experiment, info: DatasetInfo, stood: Checkpoint | None) -> tuple[Task, Arrays]:
+        """The network, traced, and its first weights."""
+        task = experiment.task(info.num_classes, info.input_shape)
+        if stood is not None:
+            refuse_other_network(stood, task.layout)
+            return task, stood.arrays
+        initial = initial_arrays(task, experiment.settings.weights, experiment.settings.seed)
+        check_parts(task.factory, task.layout, initial, task.input_shape)  # a run that goes on was checked
+        return task, initial
 
     # The round ------------------------------------------------------------------------------------------------
 
@@ -141,24 +119,13 @@ class SubmodelStrategy(MethodStrategy):
             self.meet(grid)
             self.begin(self._arrays, grid)
         self.record = RoundRecord(server_round, self.preparation if server_round == 1 else Preparation())
-        rng = np.random.default_rng([self.settings.seed, server_round])
-        self.devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
+        rng = self.open_round(server_round)
         self._replied = set()
         assigned = sorted(self.assign(server_round, self.devices, rng).items())
         self._assigned = {partition: self.with_codecs(assignment) for partition, assignment in assigned}
         self.asked += len(self._assigned)
         self.record.dispatched = {p: a.level for p, a in self._assigned.items()}
         return self._jobs(server_round)
-
-    def meet(self, grid: Grid) -> None:
-        """Get to know the devices.
-
-        Raises:
-            ValueError: the run that goes on had other clients or other data when it was left.
-        """
-        self.federation.meet(grid, self.settings.round_timeout)
-        if self._resumed is not None:
-            refuse_other_data(self._resumed.facts, self._facts())
 
     def begin(self, arrays: Arrays, grid: Grid) -> None:
         """Prepare, once the devices are known; or take up what a run that goes on had prepared."""
@@ -184,26 +151,12 @@ class SubmodelStrategy(MethodStrategy):
             levels={name: pack(level) for name, level in self.levels().items()},
             statistics=self._statistics,
             state={**self.state_dict(), **self.tests.state_dict()},
-            facts={**self._facts(), "level-codecs": {name: self.level_codec(name) for name in self.levels()}},
+            facts={**self.run_facts(), "level-codecs": {name: self.level_codec(name) for name in self.levels()}},
         )
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "strategy": self.settings.strategy,
-            "model": self.settings.model,
-            "clients": self.federation.num_partitions,
-            "code": code_fingerprint(),
-            "asked": self.asked,
-            "accepted": self.accepted,
-            **self.holdings.facts(),
-            "preparation": asdict(self.preparation),
-            **self.transform,
-        }
-
-    @property
-    def arrays(self) -> Arrays:
-        """The global model."""
-        return self._arrays
+    def run_facts(self) -> dict[str, Any]:
+        """What describes the run in its checkpoint."""
+        return {**super().run_facts(), **self.holdings.facts(), "preparation": asdict(self.preparation)}
 
     def _jobs(self, server_round: int) -> Iterator[Message]:
         for partition, message in self.messages("train", server_round, self._assigned):
@@ -238,10 +191,6 @@ class SubmodelStrategy(MethodStrategy):
         codec = self.settings.codec
         return replace(assignment, codec=assignment.codec or codec, reply_codec=assignment.reply_codec or codec)
 
-    def seed_of(self, server_round: int, partition: int) -> int:
-        """The seed of one client and round."""
-        return int(np.random.SeedSequence([self.settings.seed, server_round, partition]).generate_state(1)[0])
-
     def part(self, parts: Parts, assignment: Assignment) -> dict[str, Array]:
         """A part of the global model for the wire, extracted and encoded once for all that need it.
 
@@ -268,13 +217,13 @@ class SubmodelStrategy(MethodStrategy):
         for reply in replies:
             partition = self.federation.partition_of(reply)
             if reply.has_error():
-                self._note(self.record.failed, partition, cause_of(reply.error))
+                self.note(self.record.failed, partition, cause_of(reply.error))
                 self.holdings.note_failure(partition, cause_of(reply.error))
             else:
                 try:
                     self._fold(averager, server_round, partition, reply)
                 except ValueError as cause:
-                    self._note(self.record.refused, partition, str(cause))
+                    self.note(self.record.refused, partition, str(cause))
             del reply
         if not averager.num_replies:
             why = "no valid reply" if self.record.dispatched else "no device qualifies"
@@ -305,11 +254,6 @@ class SubmodelStrategy(MethodStrategy):
         self.tests.keep(partition, update)
         self.observe(server_round, partition, update)
 
-    def _note(self, where: list[dict[str, Any]], partition: int, reason: str) -> None:
-        reason = " ".join(reason.split())[:300]
-        where.append({"partition": partition, "reason": reason})
-        log.warning("round %s: client %s left out: %s", self.record.server_round, partition, reason)
-
     # Evaluation -----------------------------------------------------------------------------------------------
 
     def configure_evaluate(
@@ -332,6 +276,17 @@ class SubmodelStrategy(MethodStrategy):
         devices = self.federation.devices.values()
         return sum(any(self.level_for_evaluation(state) is not None for state in d.states()) for d in devices)
 
+    def summary_facts(self) -> dict[str, Any]:
+        """What stands in summary.json beside what the rounds say."""
+        top = list(self.levels().values())[-1]
+        return {
+            **super().summary_facts(),
+            "clients-testing": self.num_testers(),
+            "parameters": num_parameters(self.task.layout, top),
+            "headline-levels": list(self.headline()),
+            **self.facts(),
+        }
+
     def final_model(self) -> Arrays:
         """The model that the run reports, with the batch-norm statistics it was last evaluated with."""
         name = list(self.levels())[-1]
@@ -349,12 +304,8 @@ class SubmodelStrategy(MethodStrategy):
             try:
                 self.tests.read(partition, reply)
             except ValueError as cause:
-                self._note(self.record.failed, partition, str(cause))
-        line = {**self.record.line(), **self.round_facts()}
-        if self.on_round is not None:
-            self.on_round(line, self.checkpoint(), self.record.measured_seconds)
-        if reached(line, self.settings.stop_at_accuracy):
-            raise RunOver
+                self.note(self.record.failed, partition, str(cause))
+        self.close_round(self.round_facts())
         return None
 
 

@@ -166,7 +166,7 @@ class HeteroFL(WidthStrategy):
                 macs = device.num_examples * sum(self.task.macs(levels[name]) for name in answer)
                 self.record.count_beside("statistics", device, macs, sent[partition], num_bytes(reply))
             except (KeyError, ValueError) as cause:
-                self._note(self.record.failed, partition, f"statistics query: {cause}")
+                self.note(self.record.failed, partition, f"statistics query: {cause}")
         return {name: statistics(total) for name, total in sums.items() if any(total.counts.values())}
 
     def _questions(self, server_round: int, arrays: Arrays, sent: dict[int, int]) -> Iterator[Message]:

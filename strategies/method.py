@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 
 from flexfed.batchnorm import Statistics
 from flexfed.budget import Budget
 from flexfed.checkpoint import State
 from flexfed.codecs import PLAIN, through
-from flexfed.config import Experiment, Settings
-from flexfed.data import ServerData
 from flexfed.devices import Device
 from flexfed.evaluation import part_statistics
-from flexfed.flower.federation import Federation
 from flexfed.jobs import Assignment, Task, Update
 from flexfed.submodel import Submodel, extract, full
 from flexfed.units import Arrays
-from strategies.record import RoundRecord
+from strategies.federated import FederatedStrategy
 
 
-class MethodStrategy(Strategy):
+class MethodStrategy(FederatedStrategy):
     """The questions that a method answers, with FedAvg's answers. A method overrides a few of them.
 
     Attributes:
         per: what an entry's mean divides by: the weight that covers it, or that of all replies.
-        experiment: the run's configuration; `settings` are those that all methods share.
         task: the network and how it is trained.
-        server: the proxy and test splits, normalised.
         budget: what devices can carry.
-        federation: who is out there; its devices are nominal.
-        devices: as they are in this round.
-        record: of this round.
-        folder: of the run, for what is too large for memory; None = there is none.
     """
 
     per: Literal["coverage", "total"] = "coverage"
-    experiment: Experiment
-    settings: Settings
     task: Task
-    server: ServerData
     budget: Budget
-    federation: Federation
-    devices: Mapping[int, Device]
-    record: RoundRecord
-    folder: Path | None
 
     def levels(self) -> dict[str, Submodel]:
         """The submodels that are evaluated, by name; the last one is what `accuracy` reports."""
@@ -83,10 +65,6 @@ class MethodStrategy(Strategy):
         able = sorted(partition for partition, device in devices.items() if self.can_train(device))
         cohort = sorted(rng.permutation(able)[: self.cohort_size(len(devices))].tolist())
         return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
-
-    def cohort_size(self, num_devices: int) -> int:
-        """Devices a round: the fraction rounded down, at least one."""
-        return max(1, int(self.settings.fraction_train * num_devices + 1e-9))
 
     def can_train(self, device: Device) -> bool:
         """Whether a device may be in a cohort."""

@@ -11,6 +11,7 @@ import numpy as np
 from flexfed.cost import modelled_joules, modelled_seconds
 from flexfed.devices import Device
 from flexfed.jobs import Update
+from flexfed.runs import Measured
 from flexfed.training import Evaluation
 from strategies.preparation import Preparation
 
@@ -31,6 +32,7 @@ class RoundRecord:
     seconds: dict[str, float] = field(default_factory=dict)  # of each phase, its slowest device
     joules: float = 0.0
     client_seconds: float = 0.0  # of processor time, as the clients measured their training
+    client_joules: float | None = None  # as their own meters told, where one had any
     losses: list[tuple[float, float]] = field(default_factory=list)  # (weight, loss)
     refused: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
@@ -61,9 +63,9 @@ class RoundRecord:
         self.joules += modelled_joules(device, macs, bytes_down, bytes_up)
 
     @property
-    def measured_seconds(self) -> float:
-        """Of processor time, as the clients measured their training and what came before; not in the line."""
-        return self.client_seconds + self.before.client_seconds
+    def measured(self) -> Measured:
+        """What its clients measured, before round 1 too; not in the line."""
+        return Measured(self.client_seconds + self.before.client_seconds, self.client_joules)
 
     def line(self) -> dict[str, Any]:
         """The line of metrics.jsonl; keys without a value this round are left out."""

@@ -14,10 +14,10 @@ from flwr.app import Context, RecordDict
 from toy import DIGITS, ROOT, as_message
 
 import client_app
-import server_app
 from flexfed.config import Experiment
 from flexfed.data import load_server
 from flexfed.flower.messages import job_content, read_update, to_array
+from flexfed.jobs import initial_arrays
 from flexfed.overrides import defaults
 from flexfed.submodel import extract, flatten
 from strategies import STRATEGIES
@@ -41,7 +41,7 @@ def main(megabytes: int, measure: bool) -> dict[str, object]:
     server = STRATEGIES["flexfl"](experiment, task, load_server(experiment.data))
     server.prepare(None)
     assignment = server._assignment(4)
-    part = extract(task.layout, assignment.submodel, server_app.initial_arrays(task, "", 1))
+    part = extract(task.layout, assignment.submodel, initial_arrays(task, "", 1))
     flat = to_array(flatten(task.layout, assignment.submodel, part))
     del part
     message = as_message(job_content({"part": flat}, assignment, 7, 1, TRANSFORM))

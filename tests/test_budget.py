@@ -14,13 +14,12 @@ import pytest
 from flwr.app import Message
 from toy import DIGITS, QUICK, lines, run_toy, toy_task
 
-import server_app
 from flexfed.budget import STEPS, Budget
 from flexfed.config import Experiment
 from flexfed.cost import memory_budget, message_bytes, num_parameters, part_bytes, training_memory
 from flexfed.data import load_server
 from flexfed.devices import Device, load_fleet
-from flexfed.jobs import Task
+from flexfed.jobs import Task, initial_arrays
 from flexfed.submodel import Submodel, full
 from strategies import STRATEGIES
 
@@ -31,7 +30,7 @@ POLICIES = ("level", "budget", "p-ucbv", "thompson", "uniform", "fixed")
 PRODUCT = [(s, p) for s in METHODS for p in (POLICIES if s in WIDTH_METHODS else POLICIES[:2])]
 
 
-ARRAYS = server_app.initial_arrays(toy_task(), "", 1)
+ARRAYS = initial_arrays(toy_task(), "", 1)
 
 
 @cache

@@ -22,14 +22,13 @@ from flwr.app import Message
 from torch import nn
 from toy import DIGITS, QUICK, ROOT, final_model, initial_model, lines, run_toy
 
-import server_app
 import strategies.flexfl
 from flexfed import jobs
 from flexfed.config import Experiment
 from flexfed.data import ClientData, DataConfig, load_client, load_server
 from flexfed.devices import Device, load_fleet
 from flexfed.flower.messages import read_update
-from flexfed.jobs import Job, Task, Update, free_memory_of
+from flexfed.jobs import Job, Task, Update, free_memory_of, initial_arrays
 from flexfed.methods import METHODS, fedavg, flexfl
 from flexfed.methods.flexfl import LEVELS, Teacher
 from flexfed.submodel import Submodel, extract, flatten, narrow, pack, unpack, within
@@ -49,7 +48,7 @@ class Bench:
         self.server: Any = STRATEGIES["flexfl"](experiment, self.task, load_server(experiment.data))
         self.server.prepare(None)
         self.pool: Mapping[str, Submodel] = self.server.levels()
-        self.arrays = server_app.initial_arrays(self.task, "", 3)
+        self.arrays = initial_arrays(self.task, "", 3)
         self.data: ClientData = load_client(DataConfig(partition="iid"), 0, 8)
 
     def job(self, level: str, capacity: float = 2.0, spread: float = 0.0, seed: int = 5, **told: Any) -> Job:

@@ -12,7 +12,7 @@ import server_app
 from flexfed.config import Experiment
 from flexfed.data import load_client, load_server, normalisation, normalise
 from flexfed.devices import Device, load_fleet
-from flexfed.jobs import Job, Update, train_network
+from flexfed.jobs import Job, Update, initial_arrays, train_network
 from flexfed.submodel import full
 from strategies import STRATEGIES
 from strategies.base import SubmodelStrategy
@@ -34,7 +34,7 @@ def test_one_client_with_everything_gives_the_model_that_it_trained(tmp_path: Pa
     strategy = strategy_of("fedavg")
     task, data = strategy.task, load_client(strategy.experiment.data, 0, 1)
     samples = normalise(data.train, *normalisation(load_server(strategy.experiment.data).proxy))
-    arrays = server_app.initial_arrays(task, "", 1)
+    arrays = initial_arrays(task, "", 1)
     job = Job(full(task.layout), arrays, Device(0), {}, strategy.seed_of(1, 0), 1)
     trained = train_network(task.network(arrays), job, task, samples).arrays
     final = final_model(folder)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from flexfed import runs
 from flexfed.overrides import flatten, nest
-from flexfed.runs import RunFolder, find_runs, load_run, summarise, write_atomic
+from flexfed.runs import Measured, RunFolder, find_runs, load_run, summarise, write_atomic
 
 CONFIG = {"strategy": "flexfl", "seed": 1, "flexfl.kd-weight": 10.0, "flexfl.sizes": "grid", "drop-last": True}
 
@@ -84,8 +84,8 @@ def test_rounds_need_a_number_and_no_clock(tmp_path):
 def test_finish_writes_everything(tmp_path):
     folder = make(tmp_path)
     folder.append_round({"round": 1, "accuracy": 0.5, "bytes-down": 10, "bytes-up": 5})
-    folder.append_timing(1, 1.5, 4.0)
-    folder.append_timing(2, 2.25, 0.125)
+    folder.append_timing(1, 1.5, Measured(4.0))
+    folder.append_timing(2, 2.25, Measured(0.125))
     transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
     arrays = {"w": transposed, "scalar": np.array(2.0, dtype=np.float32)}
     summary = folder.finish(arrays, {"strategy": "flexfl", "seed": 1, "parameters": np.int64(7)})
@@ -106,7 +106,7 @@ def test_rounds_whose_clients_were_not_measured_are_read_and_give_no_total(tmp_p
     folder = make(tmp_path)
     folder.append_round({"round": 1, "accuracy": 0.5})
     (folder.path / "timing.jsonl").write_text('{"round": 1, "seconds": 1.5}\n')
-    folder.append_timing(2, 2.25, 4.0)
+    folder.append_timing(2, 2.25, Measured(4.0))
     summary = folder.finish({"w": np.zeros(1, dtype=np.float32)}, {"strategy": "flexfl"})
     run = load_run(folder.path)
     assert (run.timing, run.client_timing) == ({1: 1.5, 2: 2.25}, {2: 4.0})

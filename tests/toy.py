@@ -21,7 +21,7 @@ import server_app
 from flexfed.checkpoint import load_checkpoint
 from flexfed.config import Experiment
 from flexfed.flower.grid import InProcessGrid
-from flexfed.jobs import Task
+from flexfed.jobs import Task, initial_arrays
 from flexfed.overrides import defaults
 from flexfed.submodel import Submodel, narrow_shapes, positions, unflatten, unpack
 from flexfed.units import Arrays, Layout, trace_layout
@@ -281,7 +281,7 @@ def final_model(folder: Path) -> Arrays:
 
 def initial_model(folder: Path, seed: int = 1) -> Arrays:
     """The model that a run began with, cut to the size of the one it left."""
-    initial = server_app.initial_arrays(toy_task(), "", seed)
+    initial = initial_arrays(toy_task(), "", seed)
     return {n: initial[n][tuple(slice(k) for k in array.shape)] for n, array in final_model(folder).items()}
 
 

@@ -10,7 +10,6 @@ from flwr.serverapp import Grid
 
 from flexfed.devices import Device
 from flexfed.flower.messages import cause_of, code_fingerprint, read_profile
-from flexfed.jobs import Task
 
 log = logging.getLogger("flwr")
 _WAIT_S = 60.0  # for nodes that have not connected yet
@@ -20,8 +19,7 @@ _POLL_S = 0.02
 class Federation:
     """Knows every client by its partition: node ids are random and differ from run to run."""
 
-    def __init__(self, task: Task):
-        self.task = task
+    def __init__(self) -> None:
         self.devices: dict[int, Device] = {}
         self.nodes: dict[int, int] = {}  # partition -> node id
         self.num_partitions = 0  # that the clients speak of, here or not

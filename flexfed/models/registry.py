@@ -20,6 +20,9 @@ from flexfed.models.zoo import torchvision_model, torchvision_names
 
 Builder = Callable[[int, tuple[int, ...]], nn.Module]
 
+Convention = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation of each channel by which a network wants its inputs normalised."""
+
 MODELS: dict[str, Builder] = {
     "flexfl-vgg16": flexfl_vgg16,
     "flexfl-vgg16-textbook": partial(flexfl_vgg16, pools="textbook"),
@@ -58,6 +61,11 @@ def find_builder(name: str) -> Builder:
         "its own name (resnet18, vgg11_bn, mobilenet_v3_small, ...), or 'package.module:factory' for "
         "a function or class of your own from an installed package"
     )
+
+
+def input_convention(name: str) -> Convention | None:
+    """How a network wants its inputs normalised; None = by their own mean and deviation."""
+    return None
 
 
 def check_request(name: str, num_classes: int, input_shape: tuple[int, ...]) -> None:
