@@ -27,6 +27,7 @@ from flexfed.flower.messages import (
     to_record_of_arrays,
     update_content,
 )
+from flexfed.flower.questions import answer_content, read_question
 from flexfed.jobs import TEST_BATCH, Job, LocalUpdate, Part, Task, Update, evaluate_part, require_memory, shrink
 from flexfed.methods import METHODS
 from flexfed.personal import evaluate_personal, model_state, stored_model
@@ -80,6 +81,27 @@ for _name in sorted({action for method in METHODS.values() for action in method.
     app.train(_name)(act)
 
 
+def answer(message: Message, context: Context) -> Message:
+    """A phase of the run's method that is no training of a part; the message's type names it."""
+    data, experiment = _data_of(message, context), _experiment(context)
+    phases, kind = METHODS[experiment.settings.strategy].phases, message.metadata.message_type
+    if kind not in phases:
+        raise ValueError(f"{experiment.settings.strategy} has no phase {kind!r}; it has {', '.join(phases) or 'none'}")
+    device = _device(context).in_round(int(_config(message)["round"]), experiment.settings.seed)
+    question = read_question(message.content, device, _state(message, context))
+    began = time.process_time()
+    found = phases[kind](question, experiment.method, data)
+    if found.state:
+        save_state(_state_folder(message, context), int(_config(message)["step"]), found.state, _base(message))
+    metrics = {**found.metrics, "seconds": time.process_time() - began}
+    return Message(answer_content(replace(found, metrics=metrics)), reply_to=message)
+
+
+for _kind in sorted({kind for method in METHODS.values() for kind in method.phases}):
+    _category, _, _name = _kind.partition(".")
+    {"train": app.train, "evaluate": app.evaluate}[_category](_name)(answer)
+
+
 def _timed(work: LocalUpdate, job: Job, task: Task, data: ClientData) -> Update:
     """The update, and the seconds of processor time that it took."""
     began = time.process_time()
@@ -126,13 +148,17 @@ def statistics(message: Message, context: Context) -> Message:
 
 def _work(message: Message, context: Context) -> tuple[Task, ClientData]:
     """What every job needs: the network as the server has it, and this client's normalised data."""
+    data, config = _data_of(message, context), _config(message)
+    return _task(_key(context), int(config["num-classes"]), tuple(config["input-shape"])), data
+
+
+def _data_of(message: Message, context: Context) -> ClientData:
+    """This client's data, normalised as the server's are, for a message from a server with the same code."""
     config = _config(message)
     check_code(config)
     torch.set_num_threads(_experiment(context).settings.torch_threads)
-    key = _key(context)
-    task = _task(key, int(config["num-classes"]), tuple(config["input-shape"]))
     mean, std = tuple(config["input-mean"]), tuple(config["input-std"])
-    return task, _data(key, *_place(context), _data_path(context), mean, std)
+    return _data(_key(context), *_place(context), _data_path(context), mean, std)
 
 
 def _job(message: Message, context: Context, task: Task, state: Arrays) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,31 @@ class RoundRecord:
         self.macs_beside += macs
         self._spend(phase, device, macs, bytes_down, bytes_up)
 
+    def count_sent(self, kind: str, partition: int, num_bytes: int) -> None:
+        """Add a question of a phase (`strategies.phases`); phases of evaluation are counted beside."""
+        if kind.startswith("train"):
+            self.bytes_down[partition] = self.bytes_down.get(partition, 0) + num_bytes
+        else:
+            self.bytes_beside += num_bytes
+
+    def count_answer(
+        self, kind: str, device: Device, metrics: Mapping[str, float], bytes_down: int, bytes_up: int
+    ) -> None:
+        """Add an answer: the client tells time and energy of its work, at the frequencies that it chose."""
+        macs, joules = int(metrics.get("macs", 0)), metrics.get("measured-joules")
+        if kind.startswith("train"):
+            self.bytes_up += bytes_up
+            self.macs += macs
+            self.client_seconds += metrics.get("seconds", 0.0)
+        else:
+            self.bytes_beside += bytes_up
+            self.macs_beside += macs
+        seconds = metrics.get("modelled-seconds", 0.0) + modelled_seconds(device, 0, bytes_down, bytes_up)
+        self.seconds[kind] = max(self.seconds.get(kind, 0.0), seconds)
+        self.joules += metrics.get("modelled-joules", 0.0) + modelled_joules(device, 0, bytes_down, bytes_up)
+        if joules is not None:
+            self.client_joules = (self.client_joules or 0.0) + joules
+
     def _spend(self, phase: str, device: Device, macs: int, bytes_down: int, bytes_up: int) -> None:
         """Phases follow each other; within one, devices work side by side."""
         seconds = modelled_seconds(device, macs, bytes_down, bytes_up)
@@ -81,7 +107,8 @@ class RoundRecord:
             "macs": int(self.macs + self.before.macs),
             "macs-evaluation": self.macs_beside,
             "modelled-seconds": sum(self.seconds.values()) + prepared,
-            "modelled-seconds-training": self.seconds.get("train", 0.0) + prepared,
+            "modelled-seconds-training": sum(s for name, s in self.seconds.items() if name.startswith("train"))
+            + prepared,
             "joules": self.joules + self.before.joules,
             **self.before.line(),
             "refused": self.refused,
@@ -96,6 +123,9 @@ class RoundRecord:
             line["accuracy-clients"] = float(np.mean(tested))
             line["accuracy-worst-tenth"] = worst_tenth(tested)
         return {**line, **self._personal_line()}
+
+    def _training_seconds(self) -> float:
+        return sum(seconds for phase, seconds in self.seconds.items() if phase.startswith("train"))
 
     def _personal_line(self) -> dict[str, Any]:
         """Accuracy of the clients' own models: mean over clients, their worst tenth, and by capability."""

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flexfed.jobs import LocalUpdate
+from flexfed.data import ClientData
+from flexfed.jobs import Job, LocalUpdate, Task, Update
 from flexfed.methods import autoflip, compressed, fedavg, fedlps, fedrolex, flexfl, heterofl
+from flexfed.questions import Phase
+
+
+def no_training(job: Job, task: Task, data: ClientData) -> Update:
+    """Of methods that train no parts.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("clients of this method train no parts, they answer questions; who sent a job?")
 
 
 @dataclass(frozen=True)
@@ -16,8 +27,9 @@ class Method:
     Attributes:
         config: its knobs.
         prefix: of their keys in the configuration.
-        local_update: its work on the client.
+        local_update: its work on the client; by default it has none: its clients only answer questions.
         actions: further work of its client, by name: asked for in messages `train.<name>`.
+        phases: what its client is asked beside the training of parts: message type -> the answer.
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
         ratio_policy: its default.
         personal: by default, which models of their own its clients test.
@@ -26,12 +38,13 @@ class Method:
 
     config: type
     prefix: str
-    local_update: LocalUpdate
+    local_update: LocalUpdate = no_training
     any_width: bool = False
     ratio_policy: str = "level"
     personal: str = "none"
     masks_recur: bool = False
     actions: Mapping[str, LocalUpdate] = field(default_factory=dict)
+    phases: Mapping[str, Phase] = field(default_factory=dict)
 
 
 METHODS: dict[str, Method] = {
