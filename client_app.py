@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from flexfed.config import Experiment
 from flexfed.data import ClientData, client_labels, load_client, normalise
 from flexfed.devices import Device, declared, load_fleet
 from flexfed.flower.messages import (
+    CHANGED,
     check_code,
     evaluation_content,
     profile_content,
@@ -35,7 +37,17 @@ from flexfed.submodel import unpack
 from flexfed.training import batches
 from flexfed.units import Arrays
 
-app = ClientApp()
+
+def with_changes(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+    """Hand on the run configuration as the server has it: a run that follows another has keys of its own."""
+    told = message.content.config_records.get("config")
+    changed = json.loads(str(told.get(CHANGED, "{}"))) if told else {}
+    config = {**context.run_config, **changed}
+    own = Context(context.run_id, context.node_id, context.node_config, context.state, config, context.series_id)
+    return call_next(message, own if changed else context)
+
+
+app = ClientApp(mods=[with_changes])
 
 
 @app.query("profile")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from flexfed.data import ServerData, check_partition, load_server, normalisation
 from flexfed.devices import load_fleet
 from flexfed.diary import Diary
 from flexfed.flower.grid import InProcessGrid, StreamingGrid
-from flexfed.flower.messages import to_record_of_arrays
+from flexfed.flower.messages import CHANGED, to_record_of_arrays
 from flexfed.models import Convention
 from flexfed.report import final_table
 from flexfed.resume import open_run
@@ -62,7 +64,32 @@ def run_in_process(values: Mapping[str, Any], supernodes: int, run_id: str = "")
 
 
 def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
+    """One run, and those that are to follow it (fine-tuning); the folder of the last one.
+
+    Raises:
+        ValueError: as `run_one`.
+        RuntimeError: likewise.
+    """
+    folder, told = run_one(grid, config, run_id)
+    if not told:
+        return folder
+    log.info("now %s, in a run of its own", ", ".join(f"{key}={value!r}" for key, value in told.items()))
+    return run_one(grid, {**config, "resume": "", **told}, sha256(run_id.encode()).hexdigest()[:8], told)[0]
+
+
+def run_one(
+    grid: Grid, config: Mapping[str, Any], run_id: str, told: Mapping[str, Any] | None = None
+) -> tuple[Path, Mapping[str, Any]]:
     """Check the configuration, run its rounds or those that are left, and leave a run folder.
+
+    Args:
+        grid: to the clients.
+        config: of the run.
+        run_id: the end of the folder's name.
+        told: keys in which this configuration is not the one that clients were given: messages carry them.
+
+    Returns:
+        The folder, and keys of the configuration that a run has which is to follow; none = nothing follows.
 
     Raises:
         ValueError: an unknown name or an impossible value, or a run that cannot go on so; before any round.
@@ -73,7 +100,7 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
     resumed = open_run(settings.resume, config) if settings.resume else None
     if resumed and resumed.is_finished:
         _show(resumed.folder)
-        return resumed.folder.path
+        return resumed.folder.path, {}
     torch.set_num_threads(settings.torch_threads)
     load_fleet(settings.fleet)
     kind = STRATEGIES[settings.strategy]
@@ -82,6 +109,8 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
     task, initial = kind.set_up(experiment, server.info, stood)
     diary = Diary(config, settings, run_id, resumed)
     transform["run"] = stood.facts["run"] if stood else diary.folder.path.name
+    if changed := (stood.facts.get(CHANGED, "") if stood else json.dumps(told) if told else ""):
+        transform[CHANGED] = changed
     folder = diary.folder.path
     strategy = kind(experiment, task, server, transform, diary.write, stood, folder)
     try:
@@ -92,7 +121,7 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
         raise RuntimeError(f"no valid reply in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
     diary.folder.finish(strategy.final_model(), strategy.summary_facts())
     _show(diary.folder)
-    return diary.folder.path
+    return diary.folder.path, strategy.next_run(diary.folder.path)
 
 
 def _drive(strategy: FederatedStrategy, grid: Grid, initial: Arrays, diary: Diary) -> None:

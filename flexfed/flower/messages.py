@@ -22,6 +22,9 @@ from flexfed.submodel import Submodel, pack, unflatten, unpack
 from flexfed.training import Evaluation
 from flexfed.units import Arrays, Layout
 
+CHANGED = "changed-config"
+"""Key of a message's config: JSON of the run configuration's keys that differ from what its clients were given."""
+
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 _RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
