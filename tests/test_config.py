@@ -134,7 +134,7 @@ EVERYBODY = "autoflip, compressed, exclusive, fedavg, fedlps, fedrolex, flexfl, 
         ({"dataset": ""}, 'dataset must be "digits"'),
         (
             {"fleet": "skewd"},
-            "unknown fleet 'skewd'; known: boards, equal, fedlps, fedlps-fixed, fifths, flexfl, skewed",
+            "unknown fleet 'skewd'; known: boards, equal, fedlps, fedlps-fixed, fifths, flexfl, skewed, tiers",
         ),
         ({"partition": "dirichelt"}, "unknown partition 'dirichelt'; known: dirichlet, iid, natural, pathological"),
         ({"partition": "natural"}, "needs id-column"),
