@@ -348,6 +348,23 @@ def test_undisturbed_feedback_is_in_time_and_never_dearer_than_one_level(table: 
     assert spent.joules <= planned.joules * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("limit", [0.3, 0.7, 1.1])
+def test_a_deadline_that_a_level_just_meets_is_met_however_batches_are_rounded(limit: float) -> None:
+    for num in range(1, 40):
+        with table_of(Bill(np.array([limit, limit / 2]), np.array([1.0, 2.0]))) as dvfs:
+            assert paced(Controller(dvfs, limit), num)[0].levels == (0,) * num
+
+
+def test_feedback_without_disturbance_chooses_what_the_pages_table_says() -> None:
+    with table_of(bill(PAGE, PAGE_WORK)) as dvfs:
+        busy, _ = paced(Controller(dvfs, 5.0), 4)
+        waiting, _ = paced(Controller(dvfs, 5.0, config=WAITING), 4)
+    assert [PAGE.levels[level] for level in busy.levels] == [(1.2, 0.8)] * 4
+    assert busy.joules == pytest.approx(4.042, abs=1e-6)
+    assert [PAGE.levels[level] for level in waiting.levels] == [(0.8, 0.4)] * 4
+    assert waiting.joules == pytest.approx(4.9568, abs=1e-6)
+
+
 def test_the_slowest_level_is_not_always_the_cheapest() -> None:
     found = bill(PAGE, PAGE_WORK)
     assert choose(found, math.inf).level not in (int(found.seconds.argmax()), int(found.seconds.argmin()))
