@@ -52,6 +52,8 @@ def travelling(model: nn.Module) -> dict[str, torch.Tensor]:
 def refuse_uncuttable(model: nn.Module) -> None:
     """Stop at layers whose part would not compute a part of the result, and at shared parameters.
 
+    A module of one's own can say that it is such a layer: its attribute `uncuttable` tells why.
+
     Raises:
         ValueError: names the module or the parameters, and the way out.
     """
@@ -67,6 +69,8 @@ def refuse_uncuttable(model: nn.Module) -> None:
                 f"module {name!r} ({kind}) cannot be cut: its result depends on which units are present "
                 f"(of norms use batch norm){WAY_OUT}"
             )
+        if reason := getattr(module, "uncuttable", ""):
+            raise ValueError(f"module {name!r} ({kind}) cannot be cut: {reason}{WAY_OUT}")
         if isinstance(module, _BatchNorm) and not module.affine:
             raise ValueError(
                 f"module {name!r} ({kind}) cannot be cut: without affine parameters no tensor tells its width{WAY_OUT}"

@@ -24,6 +24,8 @@ from flexfed.submodel import narrow, narrow_shapes
 from flexfed.units import Layout, trace_layout
 
 IMAGE = (3, 32, 32)
+UNCUT = tuple(f"cifar-resnet{depth}" for depth in (20, 32, 44, 56))  # their shortcuts pad channels with zeros
+CUT = tuple(name for name in MODELS if name not in UNCUT)
 GROUPED = ("flexfl-vgg16", "flexfl-vgg16-textbook", "flexfl-resnet34", "flexfl-mobilenetv2")
 SHAPES = {"cnn": (1, 8, 8), "cnn1d": (3, 200), "heterofl-conv": (1, 28, 28), "fedlps-cnn": (1, 28, 28)}
 SHAPES["fedlps-vgg16"] = (3, 64, 64)
@@ -227,7 +229,7 @@ def layout_of(name: str) -> Layout:
     return trace_layout(model_factory(name, 10, shape), shape)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CUT)
 def test_half_of_every_network_runs_narrow(name: str) -> None:
     layout, shape = layout_of(name), SHAPES.get(name, IMAGE)
     half = prefix_ratio(layout, 0.5)
@@ -238,12 +240,19 @@ def test_half_of_every_network_runs_narrow(name: str) -> None:
     assert small.to("meta")(torch.zeros(2, *shape, device="meta")).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CUT)
 def test_only_the_class_outputs_are_fixed(name: str) -> None:
     layout = layout_of(name)
     (fixed,) = layout.fixed
     assert len(layout.groups[fixed]) == 10
     assert list(layout.groups)[-1] == fixed
+
+
+@pytest.mark.parametrize("name", UNCUT)
+def test_a_network_that_pads_channels_is_refused_and_named(name: str) -> None:
+    message = r"module 'layer2.0.shortcut' \(PaddedShortcut\) cannot be cut: where zeros are padded between channels"
+    with pytest.raises(ValueError, match=message):
+        layout_of(name)
 
 
 @pytest.mark.parametrize("name", ["fedlps-vgg11", "fedlps-vgg13", "fedlps-vgg16"])
@@ -516,7 +525,7 @@ def test_weights_that_do_not_fit(
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("imagenet", "'torchvision' or the path of a .safetensors file, got 'imagenet'"),
+        ("imagenet", "'torchvision', 'zoo' or the path of a .safetensors file, got 'imagenet'"),
         ("nowhere.safetensors", "nowhere.safetensors does not exist"),
         ("torchvision", "needs a torchvision network, got Sequential"),
     ],

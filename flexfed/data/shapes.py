@@ -26,9 +26,7 @@ def class_name(class_id: int) -> str:
     return f"{SILHOUETTES[class_id % 5]} {ORIENTATIONS[class_id // 5]}"
 
 
-def balanced_images(
-    ids: Sequence[int], per_class: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def balanced_images(ids: Sequence[int], per_class: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Images of some classes in a shuffled order, and the place in `ids` of the class of each.
 
     Returns:

@@ -52,6 +52,8 @@ def cifar_resnet(
 class PaddedShortcut(nn.Module):
     """Every second pixel, between as many new channels of zeros on either side; it has no weights."""
 
+    uncuttable = "where zeros are padded between channels, outputs have no layer whose units they could be"
+
     def __init__(self, before: int, width: int) -> None:
         super().__init__()
         self.padding = (width - before) // 2

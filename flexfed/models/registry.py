@@ -1,4 +1,4 @@
-"""Networks by name: the papers', two small ones, torchvision's, and a user's own."""
+"""Networks by name: the papers', a few small ones, torchvision's, stitched ones, and a user's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flexfed.models.autoflip import autoflip_cnn
+from flexfed.models.cifar import DEPTHS, cifar_resnet, cifar_resnet8
 from flexfed.models.fedlps import fedlps_cnn, fedlps_vgg
 from flexfed.models.flexfl import flexfl_mobilenetv2, flexfl_resnet34, flexfl_vgg16
 from flexfed.models.heterofl import heterofl_conv, heterofl_resnet18
@@ -39,17 +40,24 @@ MODELS: dict[str, Builder] = {
     "autoflip-cnn-128": partial(autoflip_cnn, width=128),
     "cnn": cnn,
     "cnn1d": cnn1d,
+    **{f"cifar-resnet{depth}": partial(cifar_resnet, units=units) for depth, units in DEPTHS.items()},
+    "cifar-resnet8": cifar_resnet8,
 }
+
+STITCHED = "stitched:"
+"""Begins the name of a network stitched from blocks of a zoo: "stitched:<zoo>:<ids joined by ->"."""
 
 
 def find_builder(name: str) -> Builder:
-    """The builder of `name`: an entry of MODELS, 'package.module:factory', or a torchvision network.
+    """The builder of `name`: of MODELS, 'stitched:<zoo>:<ids>', 'package.module:factory', or a torchvision network.
 
     Raises:
         ValueError: nothing is called so, or the user's own module or factory cannot be found.
     """
     if name in MODELS:
         return MODELS[name]
+    if name.startswith(STITCHED):
+        return _stitched(name)
     # Constants that an imported module makes must be real even while a network is built on meta.
     with torch.device("cpu"):
         if ":" in name:
@@ -58,8 +66,8 @@ def find_builder(name: str) -> Builder:
             return partial(torchvision_model, name)
     raise ValueError(
         f"unknown model {name!r}; known: {', '.join(MODELS)}, any torchvision classification network by "
-        "its own name (resnet18, vgg11_bn, mobilenet_v3_small, ...), or 'package.module:factory' for "
-        "a function or class of your own from an installed package"
+        "its own name (resnet18, vgg11_bn, mobilenet_v3_small, ...), 'stitched:<zoo>:<ids>' for blocks of a "
+        "zoo, or 'package.module:factory' for a function or class of your own from an installed package"
     )
 
 
@@ -78,7 +86,7 @@ def check_request(name: str, num_classes: int, input_shape: tuple[int, ...]) -> 
         raise ValueError(f"model {name!r}: expected at least one class, got {num_classes}")
     if not input_shape or min(input_shape) < 1:
         raise ValueError(f"model {name!r}: expected an input shape of positive sizes, got {input_shape}")
-    if ":" in name:
+    if ":" in name and not name.startswith(STITCHED):
         return  # only its author knows which rank it takes
     rank, takes = (2, "windows (channels, time)") if name == "cnn1d" else (3, "images (channels, height, width)")
     if len(input_shape) != rank:
@@ -112,6 +120,15 @@ def model_factory(name: str, num_classes: int, input_shape: tuple[int, ...]) -> 
     find_builder(name)
     check_request(name, num_classes, input_shape)
     return partial(build_model, name, num_classes, tuple(input_shape))
+
+
+def _stitched(name: str) -> Builder:
+    from flexfed.stitching.network import parse_name, stitched_model  # which needs networks of this room
+    from flexfed.stitching.zoos import source_names
+
+    zoo, sources, _ = parse_name(name)
+    source_names(zoo, sources)  # refuses unknown ones
+    return partial(stitched_model, name)
 
 
 def _load_factory(name: str) -> Callable[..., object]:

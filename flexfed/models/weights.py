@@ -1,4 +1,4 @@
-"""Start from trained weights: torchvision's own, or a safetensors file."""
+"""Start from trained weights: torchvision's own, a zoo's, or a safetensors file."""
 
 from __future__ import annotations
 
@@ -26,20 +26,43 @@ def load_weights(model: nn.Module, weights: str) -> None:
     Args:
         model: as `build_model` made it.
         weights: "torchvision" for the default pretrained weights of a torchvision network, taken from
-            torch hub's cache and never downloaded; or the path of a .safetensors file.
+            torch hub's cache and never downloaded; "zoo" for the blocks of a stitched network, whose bridges
+            and head stay fresh; or the path of a .safetensors file.
 
     Raises:
         ValueError: the file is missing (with where it is expected), names or shapes differ, or
-            "torchvision" is asked of a network that is not torchvision's.
+            "torchvision" is asked of a network that is not torchvision's, or "zoo" of one that is not stitched.
     """
+    if weights == "zoo":
+        _load_zoo(model)
+        return
     state = _torchvision_state(model) if weights == "torchvision" else _file_state(weights)
     own = model.state_dict()
+    state = _own_names(model, own, state)
     fresh = _fresh_classifier(own, state, _last_layer(model))
     if fresh:
         _logger.info("weights %s: %s keep their fresh initialisation (another class count)", weights, fresh)
     state = {name: tensor for name, tensor in state.items() if name not in fresh}
     _check_match(weights, {name: tensor for name, tensor in own.items() if name not in fresh}, state)
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+
+
+def _load_zoo(model: nn.Module) -> None:
+    from flexfed.stitching.network import Stitched, load_zoo_blocks
+
+    if not isinstance(model, Stitched):
+        raise ValueError(
+            f"weights='zoo' needs a stitched network, got {type(model).__name__}; choose model='stitched:<zoo>:<ids>'"
+        )
+    load_zoo_blocks(model)
+
+
+def _own_names(model: nn.Module, own: Mapping[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file by the network's names, where a published file has others (`file_name`)."""
+    file_name = getattr(model, "file_name", None)
+    if file_name is None or not any(file_name(name) in state for name in own if name not in state):
+        return state
+    return {name: state[file_name(name)] for name in own if file_name(name) in state}
 
 
 def _torchvision_state(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +89,7 @@ def _torchvision_state(model: nn.Module) -> dict[str, Tensor]:
 def _file_state(weights: str) -> dict[str, Tensor]:
     path = Path(weights).expanduser()
     if path.suffix != ".safetensors":
-        raise ValueError(f"weights must be 'torchvision' or the path of a .safetensors file, got {weights!r}")
+        raise ValueError(f"weights must be 'torchvision', 'zoo' or the path of a .safetensors file, got {weights!r}")
     if not path.is_file():
         raise ValueError(f"weights file {path} does not exist")
     from safetensors import SafetensorError

@@ -28,6 +28,9 @@ from flexfed.stitching.weightfiles import read_some
 NUM_BLOCKS = 4
 """Of each source, as in "Deep Model Reassembly"."""
 
+Convention = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, for images in 0..1."""
+
 Unit = tuple[str, ...]
 """Module paths that stay together, run one after another."""
 
@@ -43,7 +46,8 @@ class Source:
         native_shape: of the images it was trained on; says where it is cut, whatever the data.
         cuts: numbers of units in front of which it is cut first; other cuts only where these are too few.
         last_relu: a ReLU that is no module of the network follows the last unit.
-        file_name: what a tensor of the network is called in its weight file.
+        file_name: what a tensor of the network is called in a weight file that does not call it by its own name.
+        convention: how its images were normalised; None = as the zoo's.
         intake: in front of the first unit: fits data to what the source was trained on; None = nothing to do.
     """
 
@@ -54,6 +58,7 @@ class Source:
     cuts: tuple[int, ...] = ()
     last_relu: bool = False
     file_name: Callable[[str], str] = str
+    convention: Convention | None = None
     intake: Intake | None = None
 
 
@@ -164,11 +169,11 @@ class Piece:
             layers["last_relu"] = nn.ReLU()
         return nn.Sequential(layers).eval()
 
-    def file_names(self) -> dict[str, str]:
-        """Tensor of the block -> its name in the weight file."""
+    def names(self) -> dict[str, str]:
+        """Tensor of the block -> its name in the source."""
         whole = _on_meta(self.source)
         return {
-            f"{child(path)}.{name}": self.source.file_name(f"{path}.{name}")
+            f"{child(path)}.{name}": f"{path}.{name}"
             for path in self.paths
             for name in whole.get_submodule(path).state_dict()
         }
@@ -219,10 +224,10 @@ class Pool:
         piece = self.pieces[block]
         if piece.source.name not in self.files:
             raise ValueError(f"the weights of zoo {self.zoo!r} are not at hand, only its architecture; use open_pool")
-        shapes = module.state_dict()
-        names = piece.file_names()
-        found = read_some(self.files[piece.source.name], {names[name]: t for name, t in shapes.items()})
-        module.load_state_dict({name: found[names[name]] for name in shapes}, assign=True)
+        names = piece.names()
+        like = {names[name]: tensor for name, tensor in module.state_dict().items()}
+        found = read_some(self.files[piece.source.name], like, piece.source.file_name)
+        module.load_state_dict({name: found[names[name]] for name in names}, assign=True)
         return module.requires_grad_(False)
 
     def check(self, block: int) -> int:

@@ -1,21 +1,14 @@
-"""The self-made zoo: three small networks, pre-trained on procedural images where they are first asked for.
+"""The self-made zoo: three small networks of four stages, and how they are pre-trained on procedural images.
 
-Ours, for trials and tests without a model hub. It takes well under a minute on one core, and is kept in a folder
-under a hash of its recipe.
+Ours, for trials and tests without a model hub. Where the trained networks are kept: `flexfed.stitching.shelf`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,15 +17,9 @@ from torch.nn import functional
 
 from flexfed.data.shapes import PRETRAINING_IDS, SHAPE, balanced_images
 from flexfed.stitching.blocks import Source
-from flexfed.tensorfile import write_tensors
 from flexfed.training import Samples, batches
 
-FOLDER_VARIABLE = "FLEXFED_ZOOS"
-"""Environment variable: where zoos are kept that are made here, instead of ~/.flexfed/zoos."""
-
-FORMAT = "flexfed zoo 1"
 NUM_STAGES = 4
-_logger = logging.getLogger("flwr")
 
 
 @dataclass(frozen=True)
@@ -115,14 +102,16 @@ def shapes_network(name: str, num_classes: int = len(PRETRAINING_IDS)) -> nn.Seq
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (before, width) in enumerate(zip(befores, widths, strict=False), start=1):
         layers[f"stage{number}"] = nn.Sequential(*make(before, width, number))
-    head = OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), classifier=nn.Linear(widths[-1], num_classes))
+    head = OrderedDict(
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), classifier=nn.Linear(widths[-1], num_classes)
+    )
     return nn.Sequential(layers | head)
 
 
-def shapes_sources() -> tuple[Source, ...]:
-    """The three networks as sources: four units each, none of which can be cut."""
+def shapes_source(name: str) -> Source:
+    """One of the three networks as a source: four units, none of which can be cut."""
     units = tuple((f"stage{number}",) for number in range(1, NUM_STAGES + 1))
-    return tuple(Source(name, partial(shapes_network, name), units, SHAPE) for name in NETWORKS)
+    return Source(name, partial(shapes_network, name), units, SHAPE)
 
 
 def pretrain(name: str, samples: Samples, recipe: Recipe) -> dict[str, Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,56 +18,52 @@ from flexfed.runs import replacing
 _COUNTER = "num_batches_tracked"  # of batch norm; plays no part in eval mode, and many files lack it
 
 
-def read_some(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_some(path: Path, like: Mapping[str, Tensor], renamed: Callable[[str], str] = str) -> dict[str, Tensor]:
     """Copies of some tensors of a file; counters of batch norm that it lacks are zero.
 
     Args:
         path: a .safetensors file, or one of torch.save in its present (zip) form.
-        like: name in the file -> a tensor of the expected shape and type, on any device.
+        like: name -> a tensor of the expected shape and type, on any device.
+        renamed: what a tensor is called in the file that is not there under its own name.
 
     Raises:
         ValueError: no such file, one that cannot be read, or a tensor that is missing or has another shape.
     """
-    found: dict[str, Tensor] = {}
-    with _opened(path) as tensors:
-        for name, expected in like.items():
-            value = tensors(name)
-            if value is None and name.endswith(_COUNTER):
-                value = torch.zeros(expected.shape)
-            if value is None:
-                raise ValueError(f"weight file {path} is of another network: it has no tensor {name!r}")
-            if value.shape != expected.shape:
-                raise ValueError(
-                    f"weight file {path} is of another network: {name!r} has shape {tuple(value.shape)}, "
-                    f"expected {tuple(expected.shape)}"
-                )
-            found[name] = value.to(expected.dtype, copy=True)
-    return found
+    with _opened(path) as get:
+        found = {name: get(name) if get(name) is not None else get(renamed(name)) for name in like}
+        return {name: _fitting(path, name, found[name], expected) for name, expected in like.items()}
 
 
-class _Tensors:
-    """Tensors of an open file by name; None for a name that it lacks."""
+def _fitting(path: Path, name: str, value: Tensor | None, expected: Tensor) -> Tensor:
+    if value is None and name.endswith(_COUNTER):
+        value = torch.zeros(expected.shape)
+    if value is None:
+        raise ValueError(f"weight file {path} is of another network: it has no tensor {name!r}")
+    if value.shape != expected.shape:
+        raise ValueError(
+            f"weight file {path} is of another network: {name!r} has shape {tuple(value.shape)}, "
+            f"expected {tuple(expected.shape)}"
+        )
+    return value.to(expected.dtype, copy=True)
 
-    def __init__(self, names: set[str], get: object) -> None:
-        self._names = names
-        self._get = get
 
-    def __call__(self, name: str) -> Tensor | None:
-        return self._get(name) if name in self._names else None  # type: ignore[operator]
+_Get = Callable[[str], Tensor | None]
+"""Name -> tensor of an open file; None where it has none of that name."""
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Tensors]:
+def _opened(path: Path) -> Iterator[_Get]:
     if not path.is_file():
         raise ValueError(f"weight file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                yield _Tensors(set(file.keys()), file.get_tensor)
+                names = frozenset(file.keys())
+                yield lambda name: file.get_tensor(name) if name in names else None
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            yield _Tensors(set(state), state.__getitem__)
-    except (OSError, RuntimeError, SafetensorError) as error:
+            yield state.get
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"weight file {path} cannot be read, it may be truncated: {error}") from error
 
 
