@@ -23,7 +23,7 @@ from flexfed.devices import load_fleet
 from flexfed.diary import Diary
 from flexfed.flower.grid import InProcessGrid, StreamingGrid
 from flexfed.flower.messages import CHANGED, to_record_of_arrays
-from flexfed.models import Convention
+from flexfed.networks import Convention
 from flexfed.report import final_table
 from flexfed.resume import open_run
 from flexfed.runs import RunFolder, load_run
@@ -104,7 +104,8 @@ def run_one(
     torch.set_num_threads(settings.torch_threads)
     load_fleet(settings.fleet)
     kind = STRATEGIES[settings.strategy]
-    server, transform = _normalised(load_server(experiment.data), kind.convention(experiment))
+    raw = load_server(experiment.data)
+    server, transform = _normalised(raw, kind.convention(experiment, raw.info.input_shape[0]))
     stood = resumed.checkpoint if resumed else None
     task, initial = kind.set_up(experiment, server.info, stood)
     diary = Diary(config, settings, run_id, resumed)
@@ -119,7 +120,8 @@ def run_one(
         diary.close()
     if strategy.asked and not strategy.accepted:
         raise RuntimeError(f"no valid reply in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
-    diary.folder.finish(strategy.final_model(), strategy.summary_facts())
+    model = strategy.final_model()
+    diary.folder.finish(model, strategy.summary_facts(), strategy.model_metadata(model))
     _show(diary.folder)
     return diary.folder.path, strategy.next_run(diary.folder.path)
 
@@ -135,7 +137,7 @@ def _drive(strategy: FederatedStrategy, grid: Grid, initial: Arrays, diary: Diar
     diary.save(strategy.checkpoint())
     num_rounds = diary.num_rounds_left()
     with _quiet_start(), suppress(RunOver):
-        if num_rounds:
+        if num_rounds and not strategy.is_over:
             strategy.start(streaming, to_record_of_arrays(initial), num_rounds, settings.round_timeout)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import types
 from collections.abc import Mapping
@@ -14,12 +15,15 @@ from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
 from flexfed.models import check_model, model_factory
+from flexfed.networks import Factory
 from flexfed.rivals import BANDITS
 from flexfed.runs import absolute_path
 from flexfed.training import Training
-from flexfed.units import trace_layout
+from flexfed.units import Layout, trace_layout, whole_layout
 
 T = TypeVar("T")
+
+log = logging.getLogger("flwr")
 
 BATCH_NORM = ("static", "batch")
 REPLY_ORDER = ("cohort", "arrival")
@@ -143,13 +147,27 @@ class Experiment:
     def task(self, num_classes: int, input_shape: tuple[int, ...]) -> Task:
         """The network, traced, and how it is trained.
 
+        A network that cannot be traced goes with methods that never cut it.
+
         Raises:
-            ValueError: no such network, one too large for the input, or one that cannot be traced.
+            ValueError: no such network, one too large for the input, or one that cannot be traced but has to be.
         """
         factory = model_factory(self.settings.model, num_classes, input_shape)
         check_model(self.settings.model, num_classes, input_shape)
-        layout = trace_layout(factory, input_shape)
-        return Task(factory, layout, input_shape, num_classes, self.training, self.method)
+        return Task(factory, self._layout(factory, input_shape), input_shape, num_classes, self.training, self.method)
+
+    def _layout(self, factory: Factory, input_shape: tuple[int, ...]) -> Layout:
+        try:
+            return trace_layout(factory, input_shape)
+        except ValueError as error:
+            if METHODS[self.settings.strategy].cuts:
+                whole = ", ".join(name for name, method in METHODS.items() if not method.cuts)
+                raise ValueError(
+                    f"model {self.settings.model!r} cannot be cut, and {self.settings.strategy} has to: {error}; "
+                    f"methods that send it whole: {whole}"
+                ) from error
+            log.info("model %r cannot be cut (%s); %s need not", self.settings.model, error, self.settings.strategy)
+            return whole_layout(factory)
 
 
 def _filled(settings: Settings) -> Settings:

@@ -176,11 +176,11 @@ def initial_arrays(task: Task, weights: str, seed: int) -> Arrays:
     return {name: tensor.detach().numpy() for name, tensor in travelling(model).items()}
 
 
-def free_memory_of(job: Job) -> float:
-    """Bytes free for training at this moment: measured on a real device, drawn for a simulated one."""
-    if job.device.measure_memory:
+def free_memory_of(device: Device, seed: int) -> float:
+    """Bytes free at this moment: measured on a real device, drawn from a message's seed for a simulated one."""
+    if device.measure_memory:
         return float(free_memory())
-    return job.device.memory_now(np.random.default_rng([job.seed, 2]))
+    return device.memory_now(np.random.default_rng([seed, 2]))
 
 
 def require_memory(device: Device, part: Submodel, needed: Callable[[Submodel], int]) -> None:

@@ -11,6 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Factory = Callable[[], nn.Module]
 """Builds the full network; must work on the `meta` device."""
 
+Convention = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and deviation of each channel by which a network wants its inputs normalised, images being in 0..1."""
+
 WAY_OUT = "; replace that module, or give the network a hand-written Layout as its attribute `layout`"
 
 

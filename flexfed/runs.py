@@ -165,7 +165,9 @@ class RunFolder:
             line["client-joules"] = round(clients.joules, 3)
         _append_line(self.path / "timing.jsonl", line)
 
-    def finish(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(
+        self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Write model.safetensors, curves.png and, last, summary.json; return the summary.
 
         Args:
@@ -173,6 +175,7 @@ class RunFolder:
             facts: what the rounds do not say: strategy, model, dataset, seed, parameters, ...; they win over
                 what is computed from the rounds. `wall-seconds` and `client-seconds` default to the sums of
                 timing.jsonl; the latter is left out where a round was written by code that did not measure it.
+            metadata: of model.safetensors.
         """
         from safetensors.numpy import save
 
@@ -182,7 +185,7 @@ class RunFolder:
         summary = summarise(run.rounds, {**_measured(run), **facts})
         # order="C" and not ascontiguousarray, which gives scalars an axis.
         dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        write_atomic(self.path / "model.safetensors", save(dense))
+        write_atomic(self.path / "model.safetensors", save(dense, dict(metadata or {})))
         curves_png(run.rounds, self.path / "curves.png", title_of(summary))
         write_atomic(self.path / "summary.json", (json.dumps(_plain(summary), indent=2) + "\n").encode())
         return summary

@@ -28,7 +28,12 @@ def write_tensors(path: Path, form: str, text: str, tensors: Mapping[str, np.nda
         left.unlink(missing_ok=True)
     dense = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with replacing(path) as beside:
-        save_file(dense, beside, {"format": form, "text": text, "digest": _digest(text, dense)})
+        save_file(dense, beside, metadata_of(form, text, dense))
+
+
+def metadata_of(form: str, text: str, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """What makes a safetensors file one that `read_tensors` reads."""
+    return {"format": form, "text": text, "digest": _digest(text, tensors)}
 
 
 def read_tensors(path: Path, form: str) -> tuple[str, Arrays]:
@@ -58,7 +63,7 @@ def open_tensors(path: Path) -> tuple[dict[str, str], Arrays]:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
-def _digest(text: str, tensors: Arrays) -> str:
+def _digest(text: str, tensors: Mapping[str, np.ndarray]) -> str:
     """It tells damage that leaves the file readable."""
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(tensors.items()):

@@ -142,6 +142,15 @@ def trace_layout(factory: Factory, example_shape: tuple[int, ...]) -> Layout:
     return layout
 
 
+def whole_layout(factory: Factory) -> Layout:
+    """The layout of a network that nobody cuts: it has tensors, and no units.
+
+    For methods that send the whole network (FedAvg), where `trace_layout` refuses it.
+    """
+    tensors = {name: tuple(t.shape) for name, t in travelling(build_on_meta(factory)).items()}
+    return Layout({}, {name: (None,) * len(shape) for name, shape in tensors.items()}, tensors, frozenset())
+
+
 def _numbered(
     model: nn.Module, tensors: Mapping[str, tuple[int, ...]], example_shape: tuple[int, ...]
 ) -> tuple[dict[str, range], dict[str, list[np.ndarray | None]], frozenset[str]]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from strategies.autoflip import AutoFLIP
-from strategies.base import SubmodelStrategy
 from strategies.compressed import Compressed
 from strategies.fedavg import Exclusive, FedAvg, Small
+from strategies.federated import FederatedStrategy
 from strategies.fedlps import FedLPS
 from strategies.fedrolex import FedRolex
+from strategies.fedstitch import FedStitch
 from strategies.flexfl import FlexFL
 from strategies.heterofl import HeteroFL
 
-STRATEGIES: dict[str, type[SubmodelStrategy]] = {
+STRATEGIES: dict[str, type[FederatedStrategy]] = {
     "autoflip": AutoFLIP,
     "compressed": Compressed,
     "exclusive": Exclusive,
     "fedavg": FedAvg,
     "fedlps": FedLPS,
     "fedrolex": FedRolex,
+    "fedstitch": FedStitch,
     "flexfl": FlexFL,
     "heterofl": HeteroFL,
     "small": Small,

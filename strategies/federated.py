@@ -19,7 +19,8 @@ from flexfed.devices import Device
 from flexfed.flower.federation import Federation
 from flexfed.flower.messages import code_fingerprint
 from flexfed.jobs import Scalar
-from flexfed.models import Convention, input_convention
+from flexfed.models import input_convention
+from flexfed.networks import Convention
 from flexfed.resume import reached, refuse_other_data
 from flexfed.runs import Measured
 from flexfed.units import Arrays
@@ -89,9 +90,9 @@ class FederatedStrategy(Strategy):
     # Setting up -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def convention(cls, experiment: Experiment) -> Convention | None:
-        """How inputs are to be normalised; None = by their own mean and deviation."""
-        return input_convention(experiment.settings.model)
+    def convention(cls, experiment: Experiment, channels: int) -> Convention | None:
+        """How inputs of so many channels are to be normalised; None = by their own mean and deviation."""
+        return input_convention(experiment.settings.model, channels)
 
     @classmethod
     @abstractmethod
@@ -170,6 +171,11 @@ class FederatedStrategy(Strategy):
             **self.transform,
         }
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do, however many rounds there may still be."""
+        return False
+
     # The end --------------------------------------------------------------------------------------------------
 
     @property
@@ -180,6 +186,10 @@ class FederatedStrategy(Strategy):
     @abstractmethod
     def final_model(self) -> Arrays:
         """The model that the run reports, with the batch-norm statistics it was last evaluated with."""
+
+    def model_metadata(self, model: Arrays) -> Mapping[str, str]:
+        """What stands in the file of the final model besides."""
+        return {}
 
     def summary_facts(self) -> dict[str, Any]:
         """What stands in summary.json beside what the rounds say."""

@@ -20,7 +20,7 @@ import pytest
 import torch
 from flwr.app import Message
 from torch import nn
-from toy import DIGITS, QUICK, ROOT, final_model, initial_model, lines, run_toy
+from toy import AVERAGING, DIGITS, QUICK, ROOT, final_model, initial_model, lines, run_toy
 
 import strategies.flexfl
 from flexfed import jobs
@@ -219,7 +219,7 @@ def test_a_device_below_its_limit_refuses() -> None:
     assert bench.train("S", 0.3).submodel.key == bench.pool["S"].key
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", AVERAGING)
 def test_a_job_is_left_as_it_came(method: str) -> None:
     bench = Bench()
     experiment = Experiment.read({**QUICK, "strategy": method})
@@ -415,7 +415,8 @@ def test_memory_swings_with_the_jobs_seed(bench: Bench) -> None:
 
 
 def survives(bench: Bench, seed: int, told: dict[str, float]) -> bool:
-    return free_memory_of(bench.job("L", seed=seed, **told)) >= needs(bench)[0]
+    job = bench.job("L", seed=seed, **told)
+    return free_memory_of(job.device, job.seed) >= needs(bench)[0]
 
 
 def test_a_real_device_looks_at_the_memory_free_at_that_moment(

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy import ROOT, final_model, published
+from toy import AVERAGING, ROOT, final_model, published
 
 import server_app
 from flexfed.methods import METHODS
 from flexfed.overrides import defaults, flatten
 from flexfed.runs import CLOCK_KEYS
 from strategies import STRATEGIES
-from strategies.base import SubmodelStrategy
+from strategies.federated import FederatedStrategy
 
 strategies = pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+averaging = pytest.mark.parametrize("strategy", AVERAGING)
 ROUNDS = 2
 SUMMARY = {
     "strategy",
@@ -49,6 +50,7 @@ LEVELS = {
     "fedavg": {"full"},
     "fedlps": {"full"},
     "fedrolex": {"full"},
+    "fedstitch": {"stitched"},
     "flexfl": {"S", "M-", "M", "L-", "L"},
     "heterofl": {"a", "b"},  # weak and medium devices hold b, strong ones a
     "small": {"small"},
@@ -97,7 +99,8 @@ def test_it_finishes_and_leaves_a_whole_run_folder(strategy: str, finished: Call
 def test_the_summary_has_its_keys_and_is_finite(strategy: str, finished: Callable[[str], Path]) -> None:
     summary = read(finished(strategy))
     assert summary.keys() >= SUMMARY
-    assert (summary["strategy"], summary["model"], summary["dataset"]) == (strategy, "cnn", "digits")
+    assert (summary["strategy"], summary["dataset"]) == (strategy, "digits")
+    assert summary["model"] == ("cnn" if strategy in AVERAGING else f"stitched:shapes:{path_of(finished(strategy))}")
     assert (summary["rounds"], summary["seed"]) == (ROUNDS, 1)
     assert summary["failed"] == summary["refused"] == 0
     assert all(math.isfinite(number) for number in numbers(summary))
@@ -131,7 +134,11 @@ def test_every_round_has_its_line_without_a_clock(strategy: str, finished: Calla
         assert sum(line["trained"].values()) == len(line["cohort"])
 
 
-@strategies
+def path_of(folder: Path) -> str:
+    return "-".join(map(str, json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["stitching"]["path"]))
+
+
+@averaging
 def test_the_model_is_finite_and_as_large_as_the_summary_says(strategy: str, finished: Callable[[str], Path]) -> None:
     folder = finished(strategy)
     model = load_file(folder / "model.safetensors")
@@ -149,7 +156,7 @@ def test_the_configuration_is_kept_whole(strategy: str, finished: Callable[[str]
     assert {**kept, "runs-dir": ""} == {**expected, "runs-dir": ""}
 
 
-@strategies
+@averaging
 def test_all_train_the_same_network(strategy: str, finished: Callable[[str], Path]) -> None:
     assert final_model(finished(strategy)).keys() == final_model(finished("fedavg")).keys()
 
@@ -164,7 +171,7 @@ def test_the_readme_lists_it(strategy: str) -> None:
 
 @strategies
 def test_it_says_what_it_is(strategy: str) -> None:
-    assert issubclass(STRATEGIES[strategy], SubmodelStrategy)
+    assert issubclass(STRATEGIES[strategy], FederatedStrategy)
     assert METHODS[strategy].prefix == f"{strategy}."
     assert STRATEGIES[strategy].__doc__
     assert METHODS[strategy].config.__doc__

@@ -25,7 +25,11 @@ from flexfed.jobs import Task, initial_arrays
 from flexfed.overrides import defaults
 from flexfed.submodel import Submodel, narrow_shapes, positions, unflatten, unpack
 from flexfed.units import Arrays, Layout, trace_layout
+from strategies import STRATEGIES
+from strategies.base import SubmodelStrategy
 
+AVERAGING = sorted(name for name, kind in STRATEGIES.items() if issubclass(kind, SubmodelStrategy))
+"""The strategies whose clients train parts of a network; FedStitch's answer questions."""
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = (1, 8, 8)
 Reply = tuple[Submodel, np.ndarray, float]

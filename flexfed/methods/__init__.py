@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 
 from flexfed.data import ClientData
 from flexfed.jobs import Job, LocalUpdate, Task, Update
-from flexfed.methods import autoflip, compressed, fedavg, fedlps, fedrolex, flexfl, heterofl
+from flexfed.methods import (
+    autoflip,
+    compressed,
+    fedavg,
+    fedlps,
+    fedrolex,
+    fedstitch,
+    fedstitch_client,
+    flexfl,
+    heterofl,
+)
 from flexfed.questions import Phase
 
 
@@ -30,6 +40,7 @@ class Method:
         local_update: its work on the client; by default it has none: its clients only answer questions.
         actions: further work of its client, by name: asked for in messages `train.<name>`.
         phases: what its client is asked beside the training of parts: message type -> the answer.
+        cuts: it gives devices parts of the network, which therefore must be one that can be traced.
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
         ratio_policy: its default.
         personal: by default, which models of their own its clients test.
@@ -39,6 +50,7 @@ class Method:
     config: type
     prefix: str
     local_update: LocalUpdate = no_training
+    cuts: bool = True
     any_width: bool = False
     ratio_policy: str = "level"
     personal: str = "none"
@@ -56,8 +68,8 @@ METHODS: dict[str, Method] = {
         actions={"explore": autoflip.explore},
     ),
     "compressed": Method(compressed.CompressedConfig, "compressed.", compressed.local_update),
-    "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update),
-    "fedavg": Method(fedavg.FedAvgConfig, "fedavg.", fedavg.local_update),
+    "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update, cuts=False),
+    "fedavg": Method(fedavg.FedAvgConfig, "fedavg.", fedavg.local_update, cuts=False),
     "fedlps": Method(
         fedlps.FedLPSConfig,
         "fedlps.",
@@ -67,6 +79,16 @@ METHODS: dict[str, Method] = {
         personal="stored-local",
     ),
     "fedrolex": Method(fedrolex.FedRolexConfig, "fedrolex.", heterofl.local_update, any_width=True),
+    "fedstitch": Method(
+        fedstitch.FedStitchConfig,
+        "fedstitch.",
+        phases={
+            "train.score": fedstitch_client.score,
+            "train.stitch": fedstitch_client.stitch,
+            "train.head": fedstitch_client.head,
+            "evaluate.stitched": fedstitch_client.test,
+        },
+    ),
     "flexfl": Method(flexfl.FlexFLConfig, "flexfl.", flexfl.local_update, any_width=True),
     "heterofl": Method(heterofl.HeteroFLConfig, "heterofl.", heterofl.local_update, any_width=True),
     "small": Method(fedavg.SmallConfig, "small.", fedavg.local_update),

@@ -295,7 +295,7 @@ def _affordable(job: Job, task: Task, levels: Sequence[Submodel]) -> int:
     if job.device.memory_bytes == math.inf and not job.device.measure_memory:
         return level
     needs = [task.memory_to_train(submodel) for submodel in levels[: level + 1]]
-    free = free_memory_of(job)  # after the costs: tracing a network loads some of torch
+    free = free_memory_of(job.device, job.seed)  # after the costs: tracing a network loads some of torch
     fitting = [j for j, needed in enumerate(needs) if needed <= free]
     told = f"level {level} needs {needs[level] / 1e6:.0f} MB to train, {free / 1e6:.0f} MB are free"
     if not fitting:

@@ -18,11 +18,10 @@ from flexfed.models.flexfl import flexfl_mobilenetv2, flexfl_resnet34, flexfl_vg
 from flexfed.models.heterofl import heterofl_conv, heterofl_resnet18
 from flexfed.models.small import cnn, cnn1d
 from flexfed.models.zoo import torchvision_model, torchvision_names
+from flexfed.networks import Convention
 
 Builder = Callable[[int, tuple[int, ...]], nn.Module]
 
-Convention = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and deviation of each channel by which a network wants its inputs normalised."""
 
 MODELS: dict[str, Builder] = {
     "flexfl-vgg16": flexfl_vgg16,
@@ -71,9 +70,14 @@ def find_builder(name: str) -> Builder:
     )
 
 
-def input_convention(name: str) -> Convention | None:
+def input_convention(name: str, channels: int) -> Convention | None:
     """How a network wants its inputs normalised; None = by their own mean and deviation."""
-    return None
+    if not name.startswith(STITCHED):
+        return None
+    from flexfed.stitching import zoos
+    from flexfed.stitching.network import parse_name
+
+    return zoos.input_convention(parse_name(name)[0], channels)
 
 
 def check_request(name: str, num_classes: int, input_shape: tuple[int, ...]) -> None:

@@ -22,14 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flexfed.networks import build_on_meta
+from flexfed.networks import Convention, build_on_meta
 from flexfed.stitching.weightfiles import read_some
 
 NUM_BLOCKS = 4
 """Of each source, as in "Deep Model Reassembly"."""
-
-Convention = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each channel, for images in 0..1."""
 
 Unit = tuple[str, ...]
 """Module paths that stay together, run one after another."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flexfed.models.registry import STITCHED
-from flexfed.stitching.blocks import NUM_BLOCKS, Block, Convention, Pool
+from flexfed.networks import Convention
+from flexfed.stitching.blocks import NUM_BLOCKS, Block, Pool
 from flexfed.stitching.path import Path, align, pooled
 from flexfed.stitching.zoos import open_pool, plan_pool
 from flexfed.tensorfile import read_tensors, write_tensors
@@ -73,6 +74,10 @@ class Recipe:
     zoo_digest: str
     classes: tuple[str, ...]
     normalisation: Convention
+
+    def to_json(self) -> str:
+        """As `read_recipe` reads it."""
+        return json.dumps(asdict(self))
 
 
 class BridgeLayer(nn.Module):
@@ -249,8 +254,12 @@ def save_stitched(
     if len(classes) != head.shape[1]:
         raise ValueError(f"a head of {head.shape[1]} classes needs as many names, got {len(classes)}")
     arrays = stitched_arrays(pool, path, head)
-    origin = _on_meta(pool, path.ids, len(classes)).origin
-    write_tensors(file, FORMAT, json.dumps(asdict(Recipe(origin, pool.digest, tuple(classes), normalisation))), arrays)
+    write_tensors(file, FORMAT, recipe_of(pool, path.ids, classes, normalisation).to_json(), arrays)
+
+
+def recipe_of(pool: Pool, ids: Sequence[int], classes: Sequence[str], normalisation: Convention) -> Recipe:
+    """The recipe of a network."""
+    return Recipe(_on_meta(pool, ids, len(classes)).origin, pool.digest, tuple(classes), normalisation)
 
 
 def load_stitched(file: str | FilePath) -> Stitched:

@@ -45,6 +45,11 @@ class Path:
     ids: tuple[int, ...] = ()
     bridges: Mapping[int, Bridge] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Its ids in one string, "0-1-6"."""
+        return "-".join(map(str, self.ids))
+
     def native_blocks(self, pool: Pool) -> int:
         """How many of its first blocks are the first ones of their source, with no bridge between them."""
         own = pool.of(pool.blocks[self.ids[0]].source) if self.ids else ()
@@ -213,3 +218,29 @@ def _require_bridges(pool: Pool, path: Path) -> None:
             f"path {path.ids} has no bridge in front of block {path.ids[missing[0]]} (position {missing[0]}), "
             f"which does not go on as its source did; bridges stand at {sorted(path.bridges)}"
         )
+
+
+def ids_of(name: str) -> tuple[int, ...]:
+    """Undo `Path.name`.
+
+    Raises:
+        ValueError: something else.
+    """
+    pieces = name.split("-") if name else []
+    if not all(piece.isdecimal() for piece in pieces):
+        raise ValueError(f"a path is block ids like '0-1-6', got {name!r}")
+    return tuple(map(int, pieces))
+
+
+def packed(bridges: Mapping[int, Bridge]) -> dict[str, np.ndarray]:
+    """Bridges as named arrays, for messages and files."""
+    names: dict[str, np.ndarray] = {}
+    for position, bridge in bridges.items():
+        names[f"bridge/{position}/weight"], names[f"bridge/{position}/bias"] = bridge.weight, bridge.bias
+    return names
+
+
+def unpacked(arrays: Mapping[str, np.ndarray]) -> dict[int, Bridge]:
+    """Undo `packed`; other arrays may stand among them."""
+    positions = sorted(int(name.split("/")[1]) for name in arrays if name.startswith("bridge/") and "weight" in name)
+    return {p: Bridge(arrays[f"bridge/{p}/weight"], arrays[f"bridge/{p}/bias"]) for p in positions}

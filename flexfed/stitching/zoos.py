@@ -13,7 +13,8 @@ from urllib.parse import urlparse
 import torch
 
 from flexfed.models.cifar import DEPTHS, ResNet8, cifar_resnet, cifar_resnet8
-from flexfed.stitching.blocks import NUM_BLOCKS, Convention, Intake, Pool, Source, Unit, make_pool
+from flexfed.networks import Convention
+from flexfed.stitching.blocks import NUM_BLOCKS, Intake, Pool, Source, Unit, make_pool
 from flexfed.stitching.families import torchvision_source
 from flexfed.stitching.shapes import NETWORKS, Recipe, shapes_source
 from flexfed.stitching.shelf import Poison, poisoned_files, shapes_files, zoo_folder

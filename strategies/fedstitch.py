@@ -1,0 +1,412 @@
+"""FedStitch's server: a round appends one block, in four phases (`flexfed.methods.fedstitch` says what is whose)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path as Folder
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from flexfed.checkpoint import Checkpoint
+from flexfed.config import Experiment
+from flexfed.cost import memory_budget
+from flexfed.data import DatasetInfo, ServerData
+from flexfed.devices import Device
+from flexfed.jobs import TEST_BATCH, Scalar
+from flexfed.methods.fedstitch import NO_FINETUNING, FedStitchConfig, pool_of
+from flexfed.networks import Convention
+from flexfed.questions import Answer
+from flexfed.stitching.blocks import Pool
+from flexfed.stitching.bridges import solve_bridge
+from flexfed.stitching.construction import RANDOM_PATH, Construction, fixed_path
+from flexfed.stitching.head import solve_head
+from flexfed.stitching.network import FORMAT, build_stitched, fill, recipe_of, stitched_arrays, stitched_name
+from flexfed.stitching.path import Path
+from flexfed.stitching.phases import GROUP, Work, modelled_peak_bytes, plan_bridge, plan_count, plan_head
+from flexfed.stitching.scoring import Scoring
+from flexfed.stitching.search import Shrunk, shrink
+from flexfed.stitching.votes import Aggregator, Ballot, Decision, reward_of, valid_scores
+from flexfed.stitching.zoos import input_convention
+from flexfed.tensorfile import metadata_of
+from flexfed.training import evaluate
+from flexfed.units import Arrays
+from strategies.federated import FederatedStrategy, OnRound, RunOver
+from strategies.phases import Phase
+from strategies.record import RoundRecord
+from strategies.stitch_clients import StitchClients, Total
+
+log = logging.getLogger("flwr")
+
+
+class FedStitch(FederatedStrategy):
+    """Clients score blocks of pre-trained networks and sum what bridges and a head follow from; nothing is trained.
+
+    A round: the cohort scores the candidates (`train.score`); the server weighs the scores, chooses a block and
+    shrinks the pool; a bridge is fitted from the cohort's sums (`train.stitch`) where the block does not simply go on
+    as its source did, and a head (`train.head`); the cohort tests both on its validation samples
+    (`evaluate.stitched`), and what the block brought teaches the server whose scores to trust.
+
+    Ours: clients do not report how fast they could be, the server computes that from the device's profile, the work
+    of the phase, and the correction that the client reported last; a deadline is for the work of one phase, without
+    the link; a client's favourite block is read off its scores.
+    """
+
+    task: Pool
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        task: Pool,
+        server: ServerData,
+        transform: Mapping[str, Scalar] | None = None,
+        on_round: OnRound | None = None,
+        resumed: Checkpoint | None = None,
+        folder: Folder | None = None,
+    ):
+        super().__init__(experiment, task, server, transform, on_round, resumed, folder)
+        self.config: FedStitchConfig = experiment.method
+        state = resumed.state if resumed else {}
+        self.aggregator = Aggregator(self.config.votes)
+        self.clients = StitchClients(self, state)
+        self.cohort: list[int] = []
+        self.now = self._fresh(1)
+        self.whole: Construction | None = None  # the last one that was finished
+        if resumed is not None:
+            self.aggregator.load_state_dict(state)
+            self.now = replace(self.now, **Construction.read(under(state, "now")))
+            if before := under(state, "whole"):
+                self.whole = replace(self.now, **Construction.read(before))
+        self._over = False
+
+    def _fresh(self, episode: int) -> Construction:
+        fixed = fixed_path(self.config.path, self.task)
+        return Construction.first(self.task, self.config.search, episode, self.server.info.num_classes, fixed)
+
+    @classmethod
+    def convention(cls, experiment: Experiment, channels: int) -> Convention | None:
+        """As the zoo's networks were trained."""
+        return input_convention(experiment.method.zoo, channels)
+
+    @classmethod
+    def set_up(cls, experiment: Experiment, info: DatasetInfo, stood: Checkpoint | None) -> tuple[Pool, Arrays]:
+        """The blocks; no global model stands before the first one."""
+        return pool_of(experiment.method, info.input_shape), {}
+
+    def begin(self, arrays: Arrays, grid: Grid) -> None:
+        """Leave out devices that could not run a single block.
+
+        Raises:
+            ValueError: none could; or the run that goes on had other blocks.
+        """
+        self._begun = True
+        if self._resumed is not None and self._resumed.facts["digest"] != self.task.digest:
+            raise ValueError(f"the run had other blocks: its zoo {self.config.zoo!r} has changed; start the run anew")
+        able = self._able()
+        if not able:
+            raise ValueError("no device can run every block; see memory-bytes of the fleet, and fedstitch.zoo")
+        left_out = sorted(self.federation.devices.keys() - able)
+        if left_out:
+            log.info("%s devices cannot run every block: partitions %s", len(left_out), left_out)
+
+    def _able(self) -> set[int]:
+        """Who can take part in some round."""
+        return {p for p, device in self.federation.devices.items() if any(map(self.can_stitch, device.states()))}
+
+    def can_stitch(self, device: Device) -> bool:
+        """Whether every block fits into a device's memory, for the smallest batch, and it has samples."""
+        every = Work(1, GROUP, 0, tuple(block.id for block in self.task.blocks), 0)
+        need = memory_budget(modelled_peak_bytes(self.task, every, GROUP))
+        return need <= device.memory_bytes and device.num_examples > 0
+
+    def summary(self) -> None:
+        """Log what is about to run."""
+        sources = ", ".join(self.task.sources)
+        log.info("fedstitch on zoo %s: %s blocks of %s", self.config.zoo, len(self.task.blocks), sources)
+
+    # Phases A and B: score, choose, stitch ------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Have the cohort score, choose a block, have it stitched; then ask for the sums of the head."""
+        server_round += self._offset
+        self._grid = grid
+        if not self._begun:
+            self.meet(grid)
+            self.begin({}, grid)
+        self.record = RoundRecord(server_round)
+        rng = self.open_round(server_round)
+        self.cohort = self._draw_cohort(rng)
+        self.record.dispatched = dict.fromkeys(self.cohort, "stitched")
+        self.asked += len(self.cohort)
+        self.clients.missed = 0
+        self._facts: dict[str, Any] = {"episode": self.now.episode}
+        self._next: Path | None = None
+        if self.cohort and self._choose(grid, rng) and self._stitch(grid):
+            self._phase = self._head_phase()
+            return self.clients.phases.messages(self._phase, self.cohort)
+        self._over = True
+        return []
+
+    def _draw_cohort(self, rng: np.random.Generator) -> list[int]:
+        able = sorted(partition for partition, device in self.devices.items() if self.can_stitch(device))
+        return sorted(rng.permutation(able)[: self.cohort_size(len(self.devices))].tolist())
+
+    def _choose(self, grid: Grid, rng: np.random.Generator) -> bool:
+        """Whether a block could be chosen."""
+        candidates = self._offered(rng)
+        ballots: dict[int, Ballot] = {}
+        if len(candidates) > 1:
+            self._carry_out(grid, lambda: self._score_phase(candidates, ballots), ballots)
+        if not candidates or (len(candidates) > 1 and not ballots):
+            log.warning("round %s: no scores; the network stays as it is", self.record.server_round)
+            return False
+        explores = self.now.episode < self.config.episodes
+        self.decision: Decision = self.aggregator.choose(candidates, ballots, rng if explores else None)
+        chosen, scored = self.decision.block, self.decision.scored
+        blocks, alive = self.task.blocks, self.now.alive
+        self.left: Shrunk = shrink(blocks, alive, chosen, scored, self.now.values, self.config.search)
+        self._facts |= {"candidates": len(candidates), "pool": len(alive), **facts_of(self.decision, self.left)}
+        return True
+
+    def _offered(self, rng: np.random.Generator) -> tuple[int, ...]:
+        """The candidates; one of them, drawn, where paths are random."""
+        candidates = self.now.candidates
+        return (int(rng.choice(candidates)),) if candidates and self.config.path == RANDOM_PATH else candidates
+
+    def _score_phase(self, candidates: tuple[int, ...], ballots: dict[int, Ballot]) -> Phase:
+        rule, size = self.config.score_rule, self.config.batch_size
+
+        def work(partition: int) -> Work:
+            known = dict.fromkeys(self.clients.known_to(partition), 0.0)
+            scoring = Scoring(self.task, self.now.path, candidates, rule, known)
+            return scoring.work(min(self.config.score_images, self._examples(partition)), size)
+
+        def receive(partition: int, answer: Answer) -> None:
+            scores = answer.arrays.get("scores", np.zeros(0)).astype(np.float64)
+            if wrong := valid_scores(scores, len(candidates)):
+                raise ValueError(wrong)
+            ballots[partition] = Ballot(scores, self._examples(partition))
+            self.clients.scored(partition, candidates)
+
+        asked: dict[str, Scalar] = {"candidates": list(candidates), "subset-seed": self.settings.seed}
+        return self.clients.phase("train.score", self.now.path, receive, work, asked)
+
+    def _stitch(self, grid: Grid) -> bool:
+        """Whether the block that was chosen stands in the path."""
+        path, block, size = self.now.path, self.decision.block, self.config.batch_size
+        if not path.needs_bridge(self.task, block):
+            self._next = path.then(block)
+            return True
+        total = Total(self._channels(path), self.task.blocks[block].shape_in[0])
+
+        def work(partition: int) -> Work:
+            return plan_bridge(self.task, path, block, self._examples(partition), size)
+
+        def make() -> Phase:
+            return self.clients.phase("train.stitch", path, total.receive, work, {"block": block})
+
+        self._carry_out(grid, make, total)
+        if not total:
+            log.warning("round %s: nobody stitched; the network stays as it is", self.record.server_round)
+            return False
+        self._next = path.then(block, solve_bridge(total.sums, self.config.bridge_ridge))
+        return True
+
+    # Phase C: the head ------------------------------------------------------------------------------------------
+
+    def _head_phase(self) -> Phase:
+        assert self._next is not None
+        path, classes, size = self._next, self.server.info.num_classes, self.config.batch_size
+        self._total = Total(self._channels(path), classes)
+
+        def work(partition: int) -> Work:
+            return plan_head(self.task, path, classes, self._examples(partition), size)
+
+        return self.clients.phase("train.head", path, self._total.receive, work, {})
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the sums of the head as they arrive, and solve it; where nobody answers, ask once more."""
+        if self._next is None:  # nothing was sent
+            return None, None
+        phases = self.clients.phases
+        phases.take(self._phase, replies)
+        phases.ask_again(self._grid, self._phase)
+        if not self._total:
+            self._phase = self._head_phase()
+            phases.carry_out(self._grid, self._phase, self.cohort)
+        if not self._total:
+            log.warning("round %s: no head; the network stays as it is", self.record.server_round)
+            self._next, self._over = None, True
+            return None, None
+        self.accepted += len(self._phase.answered)
+        self.record.trained["stitched"] = len(self._phase.answered)
+        head = solve_head(self._total.sums, self.config.head_ridge)
+        self._grown = self.now.grown(self._next, head, self.now.accuracy, self.left)
+        return None, None
+
+    # Phase D: the test ------------------------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Test the network on the server's samples, then ask the cohort to."""
+        self._correct = self._tested = 0
+        if self._next is None:
+            return []
+        path, head, classes = self._grown.path, self._grown.head, self.server.info.num_classes
+        self.record.quality = self._measured(self._grown)
+
+        def work(partition: int) -> Work:  # of validation samples the server knows nothing: no deadline
+            return plan_count(self.task, path, classes, 0, self.config.batch_size)
+
+        self._phase = self.clients.phase("evaluate.stitched", path, self._count, work, {}, head)
+        return self.clients.phases.messages(self._phase, self.cohort)
+
+    def _count(self, partition: int, answer: Answer) -> None:
+        correct, num = int(answer.metrics.get("correct", -1)), int(answer.metrics.get("num-samples", 0))
+        if not 0 <= correct <= num:
+            raise ValueError(f"{correct} of {num} validation samples cannot be right")
+        self._correct += correct
+        self._tested += num
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Learn from what the block brought, and close the round.
+
+        Raises:
+            RunOver: the last network is complete, or nothing can be added to it.
+        """
+        if self._next is not None:
+            self.clients.phases.take(self._phase, replies)
+            self.clients.phases.ask_again(self._grid, self._phase)
+            self._learn()
+        if self.now.is_over:
+            self.whole = self.now
+            if self.now.episode < self.config.episodes:
+                self.now = self._fresh(self.now.episode + 1)
+        self.close_round({"stitching": {**self._facts, "missed": self.clients.missed}})
+        if self._over or self.is_over:
+            raise RunOver
+        return None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the network of the last episode is whole."""
+        return self.now.is_over
+
+    def _learn(self) -> None:
+        """From the reward of the block; nothing, told in the log, where no client has validation samples."""
+        accuracy = self._correct / self._tested if self._tested else self.now.accuracy
+        reward = reward_of(accuracy, self.now.accuracy, self.config.votes) if self._tested else 0.0
+        if not self._tested:
+            log.warning("round %s: no validation samples; nothing is learned of the weights", self.record.server_round)
+        else:
+            self.aggregator.learn(self.decision, reward)
+            self.record.quality["accuracy-validation"] = accuracy
+        self.now = replace(self._grown, accuracy=accuracy)
+        ids = self.now.path.ids
+        self._facts |= {"path": list(ids), "depth": self.task.blocks[ids[-1]].depth_out, "reward": reward}
+
+    # What the phases share --------------------------------------------------------------------------------------
+
+    def _carry_out(self, grid: Grid, make: Callable[[], Phase], found: Any) -> None:
+        """A phase, and once more where nobody gave a valid answer."""
+        for _ in range(2):
+            if not found:
+                self.clients.phases.carry_out(grid, make(), self.cohort)
+
+    def _examples(self, partition: int) -> int:
+        return self.devices[partition].num_examples
+
+    def _channels(self, path: Path) -> int:
+        return self.task.blocks[path.ids[-1]].shape_out[0]
+
+    # What it leaves ---------------------------------------------------------------------------------------------
+
+    @property
+    def result(self) -> Construction:
+        """The last whole network; where none is whole yet, as far as it came."""
+        return self.now if self.whole is None or self.now.is_over else self.whole
+
+    @property
+    def network_name(self) -> str:
+        """What the result is called where a run asks for a network by name."""
+        return stitched_name(self.task, self.result.path.ids)
+
+    def _network(self, at: Construction) -> Arrays:
+        assert at.head is not None
+        return stitched_arrays(self.task, at.path, at.head)
+
+    def _measured(self, at: Construction) -> dict[str, float]:
+        """Accuracy of the whole network on the server's test samples."""
+        model = fill(build_stitched(self.task, at.path.ids, self.server.info.num_classes), self._network(at))
+        result = evaluate(model.eval(), self.server.test, TEST_BATCH)
+        names = ("accuracy", "accuracy-levels", "accuracy-stitched")
+        return {**dict.fromkeys(names, result.accuracy), "loss": result.loss_sum / result.num_samples}
+
+    def final_model(self) -> Arrays:
+        """Blocks, bridges and head."""
+        return self._network(self.result)
+
+    def model_metadata(self, model: Arrays) -> Mapping[str, str]:
+        """The recipe, with which `flexfed.stitching.network.load_stitched` builds the network again."""
+        mean, std = (tuple(cast(list[float], self.transform[key])) for key in ("input-mean", "input-std"))
+        recipe = recipe_of(self.task, self.result.path.ids, self.server.info.label_names, (mean, std))
+        return metadata_of(FORMAT, recipe.to_json(), model)
+
+    def summary_facts(self) -> dict[str, Any]:
+        """What stands in summary.json beside what the rounds say."""
+        blocks = [self.task.blocks[block] for block in self.result.path.ids]
+        return {
+            **super().summary_facts(),
+            "model": self.network_name,
+            "clients-testing": len(self._able()),
+            "parameters": sum(array.size for name, array in self.final_model().items() if "running_" not in name),
+            "headline-levels": ["stitched"],
+            "path": [f"{block.source}.{block.index}" for block in blocks],
+            "pool-bytes": sum(block.param_bytes for block in self.task.blocks),
+        }
+
+    def next_run(self, folder: Folder) -> Mapping[str, Any]:
+        """Fine-tuning of the whole network."""
+        if self.config.finetune == NO_FINETUNING:
+            return {}
+        return {
+            "strategy": self.config.finetune,
+            "model": self.network_name,
+            "weights": str(folder / "model.safetensors"),
+            "num-server-rounds": self.config.finetune_rounds,
+        }
+
+    def checkpoint(self) -> Checkpoint:
+        """All that is needed to go on after the last finished round."""
+        built = {f"now/{key}": value for key, value in self.now.to_state().items()}
+        if self.whole is not None:
+            built |= {f"whole/{key}": value for key, value in self.whole.to_state().items()}
+        state = {**built, **self.aggregator.state_dict(), **self.clients.state_dict()}
+        facts = {**self.run_facts(), "digest": self.task.digest}
+        return Checkpoint(self.record.server_round, {}, state=state, facts=facts)
+
+
+def facts_of(decision: Decision, left: Shrunk) -> dict[str, Any]:
+    """What a choice was, for the record of the round."""
+    weights = zip(decision.partitions, decision.weights.tolist(), strict=True)
+    return {
+        "block": decision.block,
+        "scores": {str(block): score for block, score in decision.scored.items()},
+        "weights": {str(partition): weight for partition, weight in weights},
+        **{f"removed-{rule.lower()}": len(ids) for rule, ids in left.removed.items()},
+        "guarded": int(left.guarded),
+    }
+
+
+def under(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The part of a state whose keys begin with a name, without it."""
+    return {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
