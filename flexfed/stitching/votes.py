@@ -198,13 +198,14 @@ def client_features(ballots: Sequence[Ballot]) -> np.ndarray:
     scores = np.stack([ballot.scores for ballot in ballots])
     counts = np.array([ballot.num_examples for ballot in ballots], dtype=np.float64)
     lengths = np.linalg.norm(scores, axis=1, keepdims=True)
-    units: np.ndarray = np.divide(scores, lengths, out=np.zeros_like(scores), where=lengths > 0)
+    units = scores / np.where(lengths > 0, lengths, 1)
     cosines = units @ units.T
     agreement = (cosines.sum(axis=1) - np.diag(cosines)) / max(1, len(ballots) - 1)
     best = np.sort(scores, axis=1)
     margin = best[:, -1] - best[:, -2] if scores.shape[1] > 1 else np.zeros(len(scores))
     entropy = np.array([ballot.label_entropy for ballot in ballots])
-    return np.stack([np.ones(len(scores)), np.log(counts / counts.sum()), entropy, agreement, margin], axis=1)
+    log_shares = np.log(counts / counts.sum())
+    return np.stack([np.ones(len(scores)), log_shares, entropy, agreement, margin], axis=1)
 
 
 def stepped(preferences: np.ndarray, step: np.ndarray, mean: float, clip: float) -> np.ndarray:
@@ -213,7 +214,7 @@ def stepped(preferences: np.ndarray, step: np.ndarray, mean: float, clip: float)
     What lies outside already may stay, so that no step changes nothing.
     """
     low, high = np.minimum(preferences, mean - clip), np.maximum(preferences, mean + clip)
-    return np.clip(preferences + step, low, high)
+    return np.asarray(np.clip(preferences + step, low, high))
 
 
 @dataclass
@@ -236,8 +237,6 @@ class Aggregator:
         """The clients' weights by rising partition, (clients,); they sum to 1."""
         heard = [ballots[partition] for partition in sorted(ballots)]
         counts = np.array([ballot.num_examples for ballot in heard], dtype=np.float64)
-        if not (counts >= 1).all():
-            raise ValueError(f"clients without samples have no say, got sample counts {counts.astype(int).tolist()}")
         if self.config.weights == "uniform":
             return np.full(len(heard), 1 / len(heard))
         if self.config.weights == "samples":
@@ -261,7 +260,8 @@ class Aggregator:
             explore: draws the block by its probability; None = the best, and of equal ones the smallest id.
 
         Raises:
-            ValueError: no candidates, ids that do not rise, scores that `valid_scores` would refuse, or no ballots.
+            ValueError: no candidates, ids that do not rise, no ballots, clients without samples, or scores that
+                `valid_scores` would refuse.
         """
         _require_ballots(candidates, ballots)
         if not ballots:
@@ -348,5 +348,7 @@ def _require_ballots(candidates: Sequence[int], ballots: Mapping[int, Ballot]) -
     if not ballots and len(candidates) > 1:
         raise ValueError(f"{len(candidates)} candidates and no ballots: ask the clients again, or stop")
     for partition in sorted(ballots):
+        if ballots[partition].num_examples < 1:
+            raise ValueError(f"client {partition} has no samples and so no say; ask none that has none")
         if wrong := valid_scores(ballots[partition].scores, len(candidates)):
             raise ValueError(f"client {partition}: {wrong}; leave it out of the round")
