@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,10 +111,19 @@ def profiled_peak(task: Task, submodel: Submodel) -> int:
     """The most bytes that torch had allocated at once while training, by its profiler; the weights included."""
     job, samples = job_of(task, submodel)
     model = task.network(job.arrays)
+
+    def train() -> None:
+        copied = copy.deepcopy(model)  # narrow's tensors are numpy's, which torch does not see
+        fit(copied, samples, task.training, 0.01, np.random.default_rng(0))
+
+    return allocated_peak(train)
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that torch has allocated at once during some work, by its profiler."""
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            copied = copy.deepcopy(model)  # narrow's tensors are numpy's, which torch does not see
-            fit(copied, samples, task.training, 0.01, np.random.default_rng(0))
+            work()
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda event: event["ts"])
@@ -134,12 +143,21 @@ def _growth(case: Case) -> int:
     submodel = case.submodel(task)
     job, samples = job_of(task, submodel)
     task.memory_to_train(submodel), task.macs(submodel)  # a client asks before it looks at what is free
+
+    def train() -> None:
+        trained = train_network(task.network(job.arrays), job, task, samples)
+        make_update(job, task, submodel, job.arrays, trained, 1.0)
+
+    return growth_of(train)
+
+
+def growth_of(work: Callable[[], object]) -> int:
+    """How far this process's resident memory rises during some work above where it stood before."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory freed before must not be found again unnoticed
     (PROC / "clear_refs").write_text("5")  # forget the highest so far
     before = _status("VmRSS")
-    trained = train_network(task.network(job.arrays), job, task, samples)
-    make_update(job, task, submodel, job.arrays, trained, 1.0)
+    work()
     return _status("VmHWM") - before
 
 
@@ -174,11 +192,11 @@ def row(case: Case, found: Measured) -> list[str]:
 HEADS = ("network", "ratio", "parameters", "predicted", "profiler", "p / p", "growth", "budget", "b / g")
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]], heads: Sequence[str] = HEADS) -> list[str]:
     """Lines of a Markdown table, columns aligned."""
-    widths = [max(map(len, column)) for column in zip(HEADS, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |" for cells in (HEADS, *rows)
+        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |" for cells in (heads, *rows)
     ]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
