@@ -255,7 +255,9 @@ def report(measured: Mapping[Case, tuple[Bytes, Bytes]]) -> str:
         "",
         "`growth` and `torch` are measured, `modelled` is not. Growth holds kernels that torch loads at the first "
         "batch, for either client; it counts weight files while they are mapped. Not in any number: Python, torch and "
-        "the app themselves, which are the same for both. Weights of torchvision's networks are random.",
+        "the app themselves, which are the same for both. Every source's block is scored at its place, so the largest "
+        "block of the pool rules, whichever path is taken. The model of stitching counts a block with its input and "
+        "output, not what it holds inside. Weights of torchvision's networks are random.",
         "",
     ]
     return "\n".join(lines)
