@@ -286,7 +286,7 @@ def read_recipe(file: str | FilePath) -> Recipe:
         ValueError: as `load_stitched`.
     """
     told: dict[str, Any] = json.loads(read_tensors(FilePath(file), FORMAT)[0])
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in told["origin"].items()}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["origin"].items()}
     origin = Origin(given["zoo"], given["sources"], given["num_blocks"], given["ids"], given["input_shape"])
     mean, deviation = told["normalisation"]
     return Recipe(origin, told["zoo_digest"], tuple(told["classes"]), (tuple(mean), tuple(deviation)))
