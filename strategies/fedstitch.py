@@ -27,7 +27,7 @@ from flexfed.stitching.construction import RANDOM_PATH, Construction, fixed_path
 from flexfed.stitching.head import solve_head
 from flexfed.stitching.network import FORMAT, build_stitched, fill, recipe_of, stitched_arrays, stitched_name
 from flexfed.stitching.path import Path
-from flexfed.stitching.phases import GROUP, Work, modelled_peak_bytes, plan_bridge, plan_count, plan_head
+from flexfed.stitching.phases import GROUP, Work, modelled_peak_bytes, plan_bridge, plan_head
 from flexfed.stitching.scoring import Scoring
 from flexfed.stitching.search import Shrunk, shrink
 from flexfed.stitching.votes import Aggregator, Ballot, Decision, reward_of, valid_scores
@@ -149,13 +149,15 @@ class FedStitch(FederatedStrategy):
         self._next: Path | None = None
         if self.cohort and self._choose(grid, rng) and self._stitch(grid):
             self._phase = self._head_phase()
-            return self.clients.phases.messages(self._phase, self.cohort)
+            return self.clients.phases.messages(self._phase, self._summing)
         self._over = True
         return []
 
+    def _able_now(self) -> list[int]:
+        return sorted(partition for partition, device in self.devices.items() if self.can_stitch(device))
+
     def _draw_cohort(self, rng: np.random.Generator) -> list[int]:
-        able = sorted(partition for partition, device in self.devices.items() if self.can_stitch(device))
-        return sorted(rng.permutation(able)[: self.cohort_size(len(self.devices))].tolist())
+        return sorted(rng.permutation(self._able_now())[: self.cohort_size(len(self.devices))].tolist())
 
     def _choose(self, grid: Grid, rng: np.random.Generator) -> bool:
         """Whether a block could be chosen."""
@@ -195,7 +197,7 @@ class FedStitch(FederatedStrategy):
             self.clients.scored(partition, candidates)
 
         asked: dict[str, Scalar] = {"candidates": list(candidates), "subset-seed": self.settings.seed}
-        return self.clients.phase("train.score", self.now.path, receive, work, asked)
+        return self.clients.phase("train.score", self.now.path, receive, {p: work(p) for p in self.cohort}, asked)
 
     def _stitch(self, grid: Grid) -> bool:
         """Whether the block that was chosen stands in the path."""
@@ -209,7 +211,8 @@ class FedStitch(FederatedStrategy):
             return plan_bridge(self.task, path, block, self._examples(partition), size)
 
         def make() -> Phase:
-            return self.clients.phase("train.stitch", path, total.receive, work, {"block": block})
+            works = {p: work(p) for p in self.cohort}
+            return self.clients.phase("train.stitch", path, total.receive, works, {"block": block})
 
         self._carry_out(grid, make, total)
         if not total:
@@ -224,11 +227,17 @@ class FedStitch(FederatedStrategy):
         assert self._next is not None
         path, classes, size = self._next, self.server.info.num_classes, self.config.batch_size
         self._total = Total(self._channels(path), classes)
+        self._summing = self._able_now() if self.config.last_head == "all" and self._is_last(path) else self.cohort
 
         def work(partition: int) -> Work:
             return plan_head(self.task, path, classes, self._examples(partition), size)
 
-        return self.clients.phase("train.head", path, self._total.receive, work, {})
+        return self.clients.phase("train.head", path, self._total.receive, {p: work(p) for p in self._summing}, {})
+
+    def _is_last(self, path: Path) -> bool:
+        """Whether the network is whole with this path, and stays."""
+        done = self.now.grown(path, np.zeros(0), 0.0, self.left)
+        return done.is_over and done.episode == self.config.episodes
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -241,7 +250,7 @@ class FedStitch(FederatedStrategy):
         phases.ask_again(self._grid, self._phase)
         if not self._total:
             self._phase = self._head_phase()
-            phases.carry_out(self._grid, self._phase, self.cohort)
+            phases.carry_out(self._grid, self._phase, self._summing)
         if not self._total:
             log.warning("round %s: no head; the network stays as it is", self.record.server_round)
             self._next, self._over = None, True
@@ -261,13 +270,12 @@ class FedStitch(FederatedStrategy):
         self._correct = self._tested = 0
         if self._next is None:
             return []
-        path, head, classes = self._grown.path, self._grown.head, self.server.info.num_classes
-        self.record.quality = self._measured(self._grown)
-
-        def work(partition: int) -> Work:  # of validation samples the server knows nothing: no deadline
-            return plan_count(self.task, path, classes, 0, self.config.batch_size)
-
-        self._phase = self.clients.phase("evaluate.stitched", path, self._count, work, {}, head)
+        grown, every = self._grown, self.settings.evaluate_every
+        last = server_round + self._offset == self.settings.num_server_rounds
+        if grown.is_over or last or (server_round + self._offset) % every == 0:
+            self.record.quality = self._measured(grown)
+        # The server knows nothing of validation samples: there is no deadline.
+        self._phase = self.clients.phase("evaluate.stitched", grown.path, self._count, {}, {}, grown.head)
         return self.clients.phases.messages(self._phase, self.cohort)
 
     def _count(self, partition: int, answer: Answer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class StitchClients:
         kind: str,
         path: Path,
         receive: Receive,
-        work: Callable[[int], Work],
+        works: Mapping[int, Work],
         asked: Mapping[str, Scalar],
         head: np.ndarray | None = None,
     ) -> Phase:
@@ -74,12 +74,12 @@ class StitchClients:
             kind: of its messages.
             path: that clients work on.
             receive: takes the answers.
-            work: partition -> what it will have to do, as far as the server can know.
+            works: partition -> what it will have to do, as far as the server can know; none = no deadline.
             asked: what all are asked.
             head: that goes with it.
         """
         strategy, episode = self._strategy, self._strategy.now.episode
-        limit = self._deadline({p: work(p) for p in strategy.cohort})
+        limit = self._deadline(works)
         shared = {**asked, "episode": episode, "digest": strategy.task.digest, "deadline": limit}
         if path.ids:  # Flower cannot count the bytes of an empty value
             shared["path"] = path.name

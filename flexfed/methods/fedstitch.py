@@ -26,6 +26,7 @@ from flexfed.stitching.zoos import open_pool
 NO_FINETUNING = "none"
 CLOCKS = ("modelled", "measured")
 ACTUATORS = ("record", "cpufreq")
+HEADS = ("cohort", "all")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class FedStitchConfig:
         bridge_ridge: lambda_st, penalty of bridges, relative to the mean square of the features.
         bridge_rows: of one client, at most, that a bridge is fitted to; 0 = all.
         head_ridge: lambda_h, penalty of the head, for each sample.
+        last_head: whose sums the finished network's head follows from: the round's 'cohort', as for those before, or
+            'all' clients, so that no class is missing that only others hold.
         batch_size: of forward passes; a device whose memory is short takes fewer at a time.
         aggregate: combine the clients' 'score' vectors or their 'vote's.
         weights: of clients: 'rl', or as ablations by 'samples' or 'uniform'.
@@ -93,6 +96,7 @@ class FedStitchConfig:
     bridge_ridge: float = 1e-4
     bridge_rows: int = 4096
     head_ridge: float = 0.01
+    last_head: str = "cohort"
     batch_size: int = 64
     aggregate: str = "score"
     weights: str = "rl"
@@ -126,9 +130,11 @@ class FedStitchConfig:
     finetune_rounds: int = 10
 
     def __post_init__(self) -> None:
-        for name, known in (("clock", CLOCKS), ("actuator", ACTUATORS)):
+        for name, known in (("clock", CLOCKS), ("actuator", ACTUATORS), ("last_head", HEADS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"fedstitch.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"fedstitch.{name.replace('_', '-')} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
         for name, least in (("score_images", 1), ("batch_size", 1), ("episodes", 1), ("finetune_rounds", 1)):
             self._require(name, getattr(self, name) >= least, f"at least {least}")
         for name in ("bridge_ridge", "bridge_rows", "head_ridge", "deadline_slack", "slowdown"):
@@ -139,7 +145,7 @@ class FedStitchConfig:
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"fedstitch.{name.replace('_', '-')} must be {rule}, got {getattr(self, name)}")
+            raise ValueError(f"fedstitch.{name.replace('_', '-')} must be {rule}, got {getattr(self, name)!r}")
 
     @property
     def score_rule(self) -> ScoreRule:

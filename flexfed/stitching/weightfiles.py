@@ -30,8 +30,12 @@ def read_some(path: Path, like: Mapping[str, Tensor], renamed: Callable[[str], s
         ValueError: no such file, one that cannot be read, or a tensor that is missing or has another shape.
     """
     with _opened(path) as get:
-        found = {name: get(name) if get(name) is not None else get(renamed(name)) for name in like}
-        return {name: _fitting(path, name, found[name], expected) for name, expected in like.items()}
+        return {name: _fitting(path, name, _either(get, name, renamed(name)), like[name]) for name in like}
+
+
+def _either(get: _Get, name: str, other: str) -> Tensor | None:
+    found = get(name)
+    return get(other) if found is None else found
 
 
 def _fitting(path: Path, name: str, value: Tensor | None, expected: Tensor) -> Tensor:
@@ -57,14 +61,20 @@ def _opened(path: Path) -> Iterator[_Get]:
         raise ValueError(f"weight file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 names = frozenset(file.keys())
-                yield lambda name: file.get_tensor(name) if name in names else None
+            yield lambda name: _one(path, name) if name in names else None
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             yield state.get
     except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"weight file {path} cannot be read, it may be truncated: {error}") from error
+
+
+def _one(path: Path, name: str) -> Tensor:
+    """One tensor; a file that stays open keeps in memory all that was read of it, which doubles a block."""
+    with safe_open(path, framework="np") as file:
+        return torch.from_numpy(file.get_tensor(name))
 
 
 def in_parts(path: Path, folder: Path) -> Path:
