@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -207,6 +208,8 @@ def test_depths_that_are_equal_but_for_rounding_are_equal():
     assert 3 + 4 in eligible(blocks, range(9), 1, 2, SearchConfig(delta=0.0))  # 4/6 behind 2/3
     thirds = pool([3, 9])
     assert 3 + 6 in eligible(thirds, range(12), 1, 2, SearchConfig(delta=0.0))
+    almost = [replace(thirds[0], depth_out=0.1 + 0.2), replace(thirds[1], id=1, depth_in=0.3)]
+    assert eligible(almost, (1,), 0, 2, SearchConfig()) == (1,)
     assert 3 + 7 in eligible(thirds, range(12), 1, 2, SearchConfig(delta=1 / 9))  # 7/9 - 6/9
 
 
@@ -222,6 +225,7 @@ def test_the_last_round_takes_blocks_that_end_a_source():
     assert eligible(FOUR, ids("A2", "A3"), a1, 3, SearchConfig(t_max=3)) == ()
     assert eligible(FOUR, range(16), None, 1, SearchConfig(t_max=1)) == ()
     assert eligible(pool([1, 2]), range(3), None, 1, SearchConfig(t_max=1)) == (0,)
+    assert eligible(pool([2, 4]), range(6), 2, 2, SearchConfig(t_max=2)) == (1, 5)  # however far behind
     blocks = pool([10, 4])
     assert eligible(blocks, range(14), 9, 3, SearchConfig(t_max=3)) == ()  # nothing is behind an end
 

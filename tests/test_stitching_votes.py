@@ -280,11 +280,14 @@ def test_a_block_without_votes_is_never_drawn(mode: str):
     rng = np.random.default_rng(0)
     drawn = {example(mode, tau_b=0.01).choose(CANDIDATES, ballots(scores, (5, 5)), rng).block for _ in range(200)}
     assert drawn == {10}
+    nobody_first = ballots(scores[:, ::-1], (5, 5))
+    assert example("vote").choose(CANDIDATES, nobody_first, Fixed(0.0)).block == 12
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_candidate_teaches_nothing(mode: str):
-    for given_ in ({}, ballots(np.array([[0.3], [0.9], [0.0]]))):
+    crowd = {k: Ballot(np.array([0.1 * k]), 7 * k + 3) for k in range(10)}
+    for given_ in ({}, ballots(np.array([[0.3], [0.9], [0.0]])), crowd):
         aggregator = example(mode)
         decision = aggregator.choose((4,), given_)
         assert (decision.block, decision.probabilities.tolist()) == (4, [1.0])

@@ -153,7 +153,7 @@ def shrink(
     sources = kept_sources({blocks[b].source for b in left}, blocks[chosen].source, values, config)
     gone["R4"] = tuple(b for b in left if blocks[b].source not in sources)
     left = _without(alive, gone)
-    if not blocks[chosen].is_end and not reaches_end(blocks, left, chosen, config):
+    if not reaches_end(blocks, left, chosen, config):
         return Shrunk(reachable, gone | {"R3": (), "R4": ()}, values, guarded=True)
     return Shrunk(left, gone, values)
 
