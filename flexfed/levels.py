@@ -275,7 +275,8 @@ def read_levels(folder: str | Path) -> RunLevels:
     """The levels of a run, finished or not.
 
     Raises:
-        ValueError: no run folder, no checkpoint that can be read, or one of another network.
+        ValueError: no run folder, no checkpoint that can be read, one of another network, or a run whose method has
+            no levels.
     """
     run = load_run(folder)
     checkpoint = load_checkpoint(run.path / "checkpoint")
@@ -283,6 +284,11 @@ def read_levels(folder: str | Path) -> RunLevels:
         raise ValueError(
             f"the run in {run.path} has no checkpoint: the first is written before its first round; "
             f"go on with it: flexfed run -c \"resume='{run.path}'\""
+        )
+    if not checkpoint.levels:
+        raise ValueError(
+            f"the run in {run.path} is one of {checkpoint.facts['strategy']}, which has no levels; its network: "
+            f"flexfed.stitching.network.load_stitched({str(run.path / 'model.safetensors')!r})"
         )
     shape = tuple(int(size) for size in checkpoint.facts["input-shape"])
     task = Experiment.read(run.config).task(int(checkpoint.facts["num-classes"]), shape)

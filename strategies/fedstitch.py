@@ -317,7 +317,7 @@ class FedStitch(FederatedStrategy):
             log.warning("round %s: no validation samples; nothing is learned of the weights", self.record.server_round)
         else:
             self.aggregator.learn(self.decision, reward)
-            self.record.quality["accuracy-validation"] = accuracy
+            self.record.quality["validation-accuracy"] = accuracy
         self.now = replace(self._grown, accuracy=accuracy)
         ids = self.now.path.ids
         self._facts |= {"path": list(ids), "depth": self.task.blocks[ids[-1]].depth_out, "reward": reward}

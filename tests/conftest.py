@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
+from getpass import getuser
 from pathlib import Path
 
 os.environ.update(
@@ -14,6 +16,8 @@ os.environ.update(
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",
 )
+# The self-made zoo takes half a minute to train: once for all test processes, and not in the user's own folder.
+os.environ.setdefault("FLEXFED_ZOOS", str(Path(tempfile.gettempdir()) / f"flexfed-test-zoos-{getuser()}"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # client_app and server_app are no package
 
 with warnings.catch_warnings():  # what others' packages say while they are imported is not ours to mend
