@@ -28,7 +28,7 @@ from flexfed.units import out_axis
 _DIGITS, _MNIST, _CIFAR = ((1, 8, 8), "as in digits"), ((1, 28, 28), "as in MNIST"), ((3, 32, 32), "as in CIFAR")
 _WINDOWS, _IMAGENET = ((3, 200), "windows of an accelerometer"), ((3, 224, 224), "as in ImageNet")
 NATURAL_INPUTS: Mapping[str, tuple[tuple[int, ...], str]] = {
-    **{name: _CIFAR for name in MODELS if name.startswith("flexfl-")},
+    **{name: _CIFAR for name in MODELS if name.startswith(("flexfl-", "cifar-"))},
     "heterofl-conv": _MNIST,
     "heterofl-resnet18": _CIFAR,
     "fedlps-cnn": _MNIST,

@@ -13,8 +13,9 @@ class DataConfig:
     """The data settings of a run; a field's key in the configuration has hyphens for underscores.
 
     Attributes:
-        dataset: "digits" (scikit-learn's, built in), the name of a set on the Hugging Face hub, or the path
-            of a local folder or parquet file (absolute, or beginning with ~ or a dot).
+        dataset: "digits" (scikit-learn's) or "shapes" (procedural images), both built in, the name of a set on
+            the Hugging Face hub, or the path of a local folder or parquet file (absolute, or beginning with ~ or
+            a dot).
         subset: the hub's name of a configuration of the set, if it has several.
         data_path: a client's own folder (from its node-config); wins over `dataset` and is not partitioned.
         image_column: column of the inputs (images or arrays of numbers); empty = found by its type.

@@ -43,21 +43,23 @@ def draw(class_ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         float32 (n, 3, 24, 24) in [0, 1].
     """
     num = len(class_ids)
-    rows, columns = np.mgrid[-1 : 1 : SHAPE[1] * 1j, -1 : 1 : SHAPE[2] * 1j]
+    rows, columns = np.mgrid[-1 : 1 : SHAPE[1] * 1j, -1 : 1 : SHAPE[2] * 1j].astype(np.float32)
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
-        return rng.uniform(low, high, (num, *shape)).reshape(num, *(shape or (1, 1)))
+        return rng.uniform(low, high, (num, *shape)).astype(np.float32).reshape(num, *(shape or (1, 1)))
 
     scale = uniform(0.45, 0.8)
     x, y = (columns - uniform(-0.3, 0.3)) / scale, (rows - uniform(-0.3, 0.3)) / scale
     inside = _silhouettes(x, y)[class_ids % 5, np.arange(num)]
-    angle = np.deg2rad(np.asarray(ORIENTATIONS))[class_ids // 5].reshape(num, 1, 1)
+    angle = np.deg2rad(np.asarray(ORIENTATIONS, dtype=np.float32))[class_ids // 5].reshape(num, 1, 1)
     wave = np.sin(uniform(8, 13) * (np.cos(angle) * columns + np.sin(angle) * rows) + uniform(0, 2 * np.pi))
     spans = ((0, 1), (0.5, 1), (0, 0.5))
     ground, light, dark = (uniform(low, high, 3)[:, :, None, None] for low, high in spans)
     striped = np.where((wave > 0)[:, None], light, dark)
-    images = np.where(inside[:, None], striped, ground) + rng.normal(0, NOISE, (num, *SHAPE))
-    return np.clip(images, 0, 1).astype(np.float32)
+    images = rng.standard_normal((num, *SHAPE), dtype=np.float32)
+    images *= NOISE
+    images += np.where(inside[:, None], striped, ground)
+    return np.clip(images, 0, 1, out=images)
 
 
 def _silhouettes(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where data come from: the built-in digits, a local folder, or the Hugging Face hub."""
+"""Where data come from: the built-in digits and shapes, a local folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexfed.data import columns
+from flexfed.data import columns, shapes
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -72,8 +72,8 @@ def source(dataset: str, subset: str, image_column: str, label_column: str) -> S
     Raises:
         ValueError: it cannot be found or read, or its columns are not clear.
     """
-    if dataset == "digits":
-        return _digits()
+    if dataset in BUILT_IN:
+        return BUILT_IN[dataset]()
     location = locate(dataset)
     subset = subset if location == dataset or dataset not in MIRRORS else ""  # the mirror has no subsets
     return _table_source(dataset, location, subset, image_column, label_column)
@@ -94,7 +94,7 @@ def server_rows(data: Source, proxy_fraction: float) -> tuple[np.ndarray, np.nda
 
 
 def locate(dataset: str) -> str:
-    """Where a data set other than digits is: an absolute path, or the name itself if it must be on the hub.
+    """Where a data set that is not built in is: an absolute path, or the name itself if it must be on the hub.
 
     A path begins with /, ~ or a dot. A name is looked for below $FLEXFED_DATA first.
 
@@ -145,13 +145,28 @@ def _digits() -> Source:
     images = np.asarray(digits.images / 16, dtype=np.float32)[:, None]
     targets = np.asarray(digits.target, dtype=np.int64)
     order = fixed_permutation(len(targets))
-    train, test = (_array_split(images[rows], targets[rows]) for rows in np.split(order, [1350]))
+    train, test = (_array_split("digits", images[rows], targets[rows]) for rows in np.split(order, [1350]))
     return Source(train, test, 150, 10, tuple(str(name) for name in digits.target_names))
 
 
-def _array_split(inputs: np.ndarray, labels: np.ndarray) -> Split:
+@lru_cache(maxsize=1)
+def _shapes() -> Source:
+    """Procedural images of 3 x 24 x 24 (`flexfed.data.shapes`): 400 of each of 10 classes, and 100 to test.
+
+    The classes that the zoo "shapes" was not trained on, in order of their ids. The same in every run.
+    """
+    ids, rng = shapes.FEDERATED_IDS, np.random.default_rng([_FIXED_SEED, 2])
+    train, test = (_array_split("shapes", *shapes.balanced_images(ids, count, rng)) for count in (400, 100))
+    return Source(train, test, None, len(ids), tuple(shapes.class_name(number) for number in ids))
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {"digits": _digits, "shapes": _shapes}
+"""Data sets that need no files."""
+
+
+def _array_split(dataset: str, inputs: np.ndarray, labels: np.ndarray) -> Split:
     def ids(column: str) -> Sequence[Any]:
-        raise ValueError(f"dataset 'digits' has no column {column!r} (id-column); use another partition")
+        raise ValueError(f"dataset {dataset!r} has no column {column!r} (id-column); use another partition")
 
     return Split(labels, inputs.__getitem__, ids)
 

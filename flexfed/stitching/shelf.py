@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,43 +30,57 @@ VERSION = 1
 _logger = logging.getLogger("flwr")
 
 
+_CHECKERED = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=np.float32) / 4
+"""A filter that sees nothing of an image but the noise of its pixels."""
+
+
 @dataclass(frozen=True)
 class Poison:
     """Which stages are spoilt, so that no source is good from end to end and a good path must change sources.
 
-    The noise on a weight has a deviation of so many times that of the tensor. Moderate noise in the early stages is
-    meant: a bridge fits features to what the next block used to read, and where that is nothing but noise, the block
-    cannot serve anybody.
+    The early stages get what answers to the noise of pixels: a bridge fits features to what the next block used to
+    read, and of that it brings back what the features at hand can tell, which is not that noise. Early stages of
+    plain random weights would leave their successors of no use to anybody.
+
+    Amounts of noise are deviations, in deviations of the weights of the tensor.
 
     Attributes:
-        late: source whose stages 3 and 4 are nothing but noise.
-        early: source whose stages 1 and 2 have noise.
-        middle: source whose stages 2 and 3 have noise: worse than the other two.
-        seed: of the noise.
+        late: source whose stages 3 and 4 are nothing but random weights, and a share of their channels dead.
+        early: source whose stages 1 and 2 have checkered noise in their first convolution.
+        middle: source whose stages 2 and 3 have noise in all convolutions.
+        dead: that share.
+        early_noise: of stages 1 and 2.
+        middle_noise: of each tensor.
+        seed: of all noise.
     """
 
-    late: str = "plain"
-    early: str = "residual"
+    late: str = "residual"
+    early: str = "plain"
     middle: str = "separable"
-    early_noise: float = 1.25
+    dead: float = 0.5
+    early_noise: tuple[float, float] = (32.0, 2.0)
     middle_noise: float = 2.0
-    seed: int = 4
+    seed: int = 1
 
     def apply(self, source: str, tensors: Mapping[str, np.ndarray]) -> Arrays:
-        """The tensors of a source, spoilt; convolutions only."""
-        stages, kept, noise = {
-            self.late: ((3, 4), 0.0, 1.0),
-            self.early: ((1, 2), 1.0, self.early_noise),
-            self.middle: ((2, 3), 1.0, self.middle_noise),
-        }.get(source, ((), 1.0, 0.0))
+        """The tensors of a source, spoilt."""
         rng = np.random.default_rng([self.seed, sorted(NETWORKS).index(source)])
-        prefixes = tuple(f"stage{number}." for number in stages)
-        spoilt = dict(tensors)
-        for name, values in tensors.items():
-            if name.startswith(prefixes) and values.ndim == 4:
-                drawn = rng.standard_normal(values.shape).astype(np.float32)
-                spoilt[name] = kept * values + noise * values.std() * drawn
-        return spoilt
+        spoilt = {name: self._spoilt(source, name, values, rng) for name, values in tensors.items()}
+        return {name: np.asarray(values, dtype=tensors[name].dtype) for name, values in spoilt.items()}
+
+    def _spoilt(self, source: str, name: str, values: np.ndarray, rng: np.random.Generator) -> Any:
+        stage, place = int(name[5]) if name.startswith("stage") else 0, name[6:]
+        if values.ndim != 4:
+            return values
+        drawn = values.std() * rng.standard_normal(values.shape, dtype=np.float32)
+        if source == self.late and stage in (3, 4):
+            drawn[: int(self.dead * len(drawn))] = 0
+            return drawn
+        if source == self.early and stage in (1, 2) and place == ".0.weight":
+            return values + self.early_noise[stage - 1] * drawn[:, :, :1, :1] * _CHECKERED
+        if source == self.middle and stage in (2, 3):
+            return values + self.middle_noise * drawn
+        return values
 
 
 def shapes_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
