@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -38,6 +38,8 @@ _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
 _LARGEST = 1e18  # of an entry: its square, and a sum of many, still fit in float32
 _BLOCK = 256  # replies whose coverage is kept as bits before it is counted
 _AT_ONCE = 1 << 15  # numbers read, added to and written back while they are in the processor's cache
+
+Chunks = Iterable[tuple[np.ndarray, torch.Tensor]]  # where, and what to add there
 
 
 @dataclass
@@ -214,13 +216,14 @@ class Averager:
         pieces = dict(zip(shapes, flat.split_with_sizes(list(sizes_of(submodel, shapes).values())), strict=True))
         if submodel.cut == "all" and submodel.keys is None and not submodel.masks:
             self._scatter_vectors(submodel, [pieces.pop(name) for name in self._vectors], weight)
+        found: dict[int, np.ndarray | None] = {}
         for name, piece in pieces.items():
             into = self._scattered.get(name)
             if into is None:
                 into = self._scattered[name] = _zeros(self._layout.shapes[name])
             masked = name in submodel.masks
             values = torch.from_numpy(dense(submodel, name, piece.numpy())) if masked else piece.view(shapes[name])
-            add_at(into, positions(self._layout, submodel, name), values, weight)
+            add_at(into, positions(self._layout, submodel, name, found), values, weight)
 
     def _scatter_vectors(self, submodel: Submodel, pieces: list[torch.Tensor], weight: float) -> None:
         """All tensors of one axis (biases, norms) in one addition: there are many, and all are small."""
@@ -250,7 +253,8 @@ class Averager:
             held = [row for row, (s, _) in enumerate(self._covers) if s.holds(name)]
             if weights is not None and held:
                 covers = [self._covers[row] for row in held]
-                count = self._coverage(name, weights[held], [s for s, _ in covers])
+                theirs = weights if len(held) == len(weights) else weights[held]
+                count = self._coverage(name, theirs, [s for s, _ in covers])
                 count = self._without_masked(name, count, covers)
                 self._counted[name] = self._counted.get(name, 0) + count
         self._covers.clear()
@@ -281,15 +285,11 @@ class Averager:
 
         def along(i: int, weigh: bool) -> np.ndarray:
             """Each kind along one axis: its weight, or 1, where it is present, else 0."""
-            values = weights if weigh else (weights > 0).astype(np.float32)
-            whole, units = values.max(axis=1, keepdims=True), axes[i]
-            if units is None:
-                return np.repeat(whole, shape[i], axis=1)
-            found = values[:, units]
-            for row, own in enumerate(cut):
-                if own[i] is None:
-                    found[row] = whole[row]
-            return np.asarray(found)
+            units, whole = axes[i], [row for row, own in enumerate(cut) if own[i] is None]
+            found = np.zeros((len(weights), shape[i]), dtype=np.float32) if units is None else weights[:, units]
+            if whole:
+                found[whole] = weights[whole].max(axis=1, keepdims=True)
+            return found if weigh else (found > 0).astype(np.float32)
 
         # Only outputs differ in weight within a kind, so the axis that holds them carries the weights.
         outputs_second = len(axes) > 1 and axes[1] is not None and bool(self._outputs[axes[1]].any())
@@ -369,26 +369,31 @@ def add_at(into: torch.Tensor, kept: tuple[np.ndarray | None, ...], values: torc
         into.index_add_(0, torch.from_numpy(kept[0]), values, alpha=weight)
         return
     rows, columns = (np.arange(n) if i is None else i for i, n in zip(kept[:2], into.shape[:2], strict=True))
-    add = _add_numbers if into[0, 0].numel() == 1 else _add_items
-    starts, values = rows[:, None] * into.shape[1], values.reshape(len(rows), -1)
-    step = max(1, _AT_ONCE // values.shape[1])
-    for begin in range(0, len(rows), step):
-        pairs = (starts[begin : begin + step] + columns).reshape(-1)
-        add(into, pairs, values[begin : begin + step].reshape(-1), weight)
+    starts, size = rows[:, None] * into.shape[1], math.prod(into.shape[2:])
+    values, width = values.reshape(-1), len(columns) * size
+    step = max(1, _AT_ONCE // width)
+    chunks = (
+        ((starts[begin : begin + step] + columns).reshape(-1), values[begin * width : (begin + step) * width])
+        for begin in range(0, len(rows), step)
+    )
+    (_add_numbers if size == 1 else _add_items)(into, chunks, weight)
 
 
-def _add_numbers(into: torch.Tensor, pairs: np.ndarray, values: torch.Tensor, weight: float) -> None:
+def _add_numbers(into: torch.Tensor, chunks: Chunks, weight: float) -> None:
     """Add one number at each pair of positions on the first two axes."""
-    into.view(-1).index_add_(0, torch.from_numpy(pairs), values, alpha=weight)
+    into = into.view(-1)
+    for pairs, values in chunks:
+        into.index_add_(0, torch.from_numpy(pairs), values, alpha=weight)
 
 
-def _add_items(into: torch.Tensor, pairs: np.ndarray, values: torch.Tensor, weight: float) -> None:
+def _add_items(into: torch.Tensor, chunks: Chunks, weight: float) -> None:
     """Add several (3 x 3 kernels) at each pair, which must be there once: read and written as one item by numpy.
 
     Torch's `index_add_` starts anew for every item; that takes five times as long.
     """
-    numbers = into.numpy().reshape(-1, into[0, 0].numel())
+    numbers = into.numpy().reshape(math.prod(into.shape[:2]), -1)
     items = numbers.view(np.dtype((np.void, numbers[0].nbytes)))[:, 0]
-    taken = items.take(pairs)
-    torch.from_numpy(taken.view(numbers.dtype)).add_(values, alpha=weight)
-    items.put(pairs, taken)
+    for pairs, values in chunks:
+        taken = items.take(pairs)
+        torch.from_numpy(taken.view(numbers.dtype)).add_(values, alpha=weight)
+        items.put(pairs, taken)

@@ -96,9 +96,20 @@ def axes_cut(layout: Layout, submodel: Submodel, tensor: str) -> tuple[np.ndarra
     return (first, *[None] * (len(axes) - 1))
 
 
-def positions(layout: Layout, submodel: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
-    """For each axis of a tensor the positions that are kept, ascending; None = all of them."""
-    return tuple(_kept(units, submodel.units) for units in axes_cut(layout, submodel, tensor))
+def positions(
+    layout: Layout, submodel: Submodel, tensor: str, found: dict[int, np.ndarray | None] | None = None
+) -> tuple[np.ndarray | None, ...]:
+    """For each axis of a tensor the positions that are kept, ascending; None = all of them.
+
+    `found` remembers those of one submodel from tensor to tensor: layouts share equal axes.
+    """
+    axes = axes_cut(layout, submodel, tensor)
+    if found is None:
+        return tuple(_kept(units, submodel.units) for units in axes)
+    for units in axes:
+        if id(units) not in found:
+            found[id(units)] = _kept(units, submodel.units)
+    return tuple(found[id(units)] for units in axes)
 
 
 def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
