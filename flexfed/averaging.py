@@ -36,6 +36,7 @@ from flexfed.units import Arrays, Layout
 
 _POOL_LIMIT = 1.5  # pooled sums may hold this many times the model's entries
 _LARGEST = 1e18  # of an entry: its square, and a sum of many, still fit in float32
+_ALONE = 5  # pools of one reply each, at most: kinds that never recur cost less when scattered at once
 _BLOCK = 256  # replies whose coverage is kept as bits before it is counted
 _AT_ONCE = 1 << 15  # numbers read, added to and written back while they are in the processor's cache
 
@@ -51,6 +52,7 @@ class _Pool:
     total: torch.Tensor  # flat in wire order, weighted sum of differences
     weights: np.ndarray  # (num_units,) float64: weight of the replies that hold each unit
     starts: dict[str, int]  # where each tensor begins in `total`
+    num_replies: int = 0
 
     def sum_of(self, name: str) -> torch.Tensor:
         """One tensor of the sum: a view, but where it is masked."""
@@ -66,7 +68,7 @@ class Averager:
 
     Replies with equal units are summed as one flat vector and scattered once at the end. Outputs that a reply
     leaves out (HeteroFL's classifier rows of absent labels) do not make it another kind of reply. Once the sums
-    would outgrow 1.5 times the model, further kinds of replies are scattered at once.
+    would outgrow 1.5 times the model, or five kinds came once only, further kinds of replies are scattered at once.
 
     Args:
         layout: the network's numbering.
@@ -127,13 +129,14 @@ class Averager:
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
         flat = _shared(difference)
         refuse_non_finite(flat)
-        pool = known or (self._new_pool(widest) if pooled and expected <= self._room else None)
+        pool = known or (self._new_pool(widest) if pooled and expected <= self._room and self._recur() else None)
         if pool is not None:
             if flat.shape == pool.total.shape:
                 pool.total.add_(flat, alpha=weight)
             else:
                 self._add_without_some_outputs(pool, submodel, shapes, flat, weight)
             pool.weights[submodel.units] += weight
+            pool.num_replies += 1
         else:
             self._scatter(submodel, shapes, flat, weight)
             self._cover(submodel, weight)
@@ -178,6 +181,10 @@ class Averager:
             return pool.shapes
         held = filter(submodel.holds, self._output_tensors)
         return {**pool.shapes, **{name: narrow_shape(self._layout, submodel, name) for name in held}}
+
+    def _recur(self) -> bool:
+        """Did nearly all kinds that have a pool come again?"""
+        return sum(pool.num_replies == 1 for pool in self._pools.values()) < _ALONE
 
     def _new_pool(self, widest: Submodel) -> _Pool | None:
         """A pool for another kind of reply, if there is room for it."""

@@ -224,6 +224,20 @@ def test_a_part_without_any_unit_of_a_group_covers_nothing_there(layout: Layout,
             np.testing.assert_allclose(new[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_kinds_that_came_once_and_come_again_are_in_the_mean(layout: Layout, previous: Arrays) -> None:
+    """More kinds than may have a pool before one of them recurs: some are scattered first and pooled later."""
+    rng = np.random.default_rng(0)
+    parts = [Submodel(random_units(layout, rng)) for _ in range(12)]
+    replies = [(part, random_difference(layout, part, rng), 2.0) for part in [*parts, *parts, *reversed(parts)]]
+    averager = Averager(layout, previous)
+    for one in replies:
+        averager.add(*one)
+    expected, _ = dense_mean(layout, previous, replies)
+    new = averager.result()
+    for name in layout.shapes:
+        np.testing.assert_allclose(new[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 16])  # numbers in one go: less than a row, a row and more, all
 @pytest.mark.parametrize("shape", [(6, 5, 3), (6, 5, 1), (6, 5)])
 def test_add_at_agrees_with_an_open_mesh(shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
