@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.numpy import save_file
 
 from flexfed.runs import replacing
 from flexfed.units import Arrays
+
+_ENTRY = "flexfed"  # of the file's metadata
 
 
 def write_tensors(path: Path, form: str, text: str, tensors: Mapping[str, np.ndarray]) -> None:
@@ -32,8 +35,12 @@ def write_tensors(path: Path, form: str, text: str, tensors: Mapping[str, np.nda
 
 
 def metadata_of(form: str, text: str, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What makes a safetensors file one that `read_tensors` reads."""
-    return {"format": form, "text": text, "digest": _digest(text, tensors)}
+    """What makes a safetensors file one that `read_tensors` reads.
+
+    One entry: safetensors writes several in an order that changes from process to process.
+    """
+    told = {"format": form, "text": text, "digest": _digest(text, tensors)}
+    return {_ENTRY: json.dumps(told)}
 
 
 def read_tensors(path: Path, form: str) -> tuple[str, Arrays]:
@@ -43,6 +50,7 @@ def read_tensors(path: Path, form: str) -> tuple[str, Arrays]:
         ValueError: no such file, truncated, changed, or something else; names the file.
     """
     metadata, tensors = open_tensors(path)
+    metadata = json.loads(metadata.get(_ENTRY, "{}"))
     if metadata.get("format") != form:
         raise ValueError(f"{path} is no {form}: its format is {metadata.get('format')!r}")
     if metadata.get("digest") != _digest(metadata.get("text", ""), tensors):

@@ -97,8 +97,9 @@ def flip_a_bit(path: Path) -> None:
 def change_a_number(path: Path) -> None:
     """In the header: the file stays readable."""
     data = path.read_bytes()
-    assert data.count(b'\\"count\\": 7') == 1
-    path.write_bytes(data.replace(b'\\"count\\": 7', b'\\"count\\": 8'))
+    before, after = (b'\\\\\\"count\\\\\\": %d' % count for count in (7, 8))  # JSON in JSON in JSON
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
 
 
 def be_a_model(path: Path) -> None:
