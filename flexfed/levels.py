@@ -288,7 +288,7 @@ def read_levels(folder: str | Path) -> RunLevels:
     if not checkpoint.levels:
         raise ValueError(
             f"the run in {run.path} is one of {checkpoint.facts['strategy']}, which has no levels; its network: "
-            f"flexfed.stitching.network.load_stitched({str(run.path / 'model.safetensors')!r})"
+            f"flexfed.stitching.saved.load_stitched({str(run.path / 'model.safetensors')!r})"
         )
     shape = tuple(int(size) for size in checkpoint.facts["input-shape"])
     task = Experiment.read(run.config).task(int(checkpoint.facts["num-classes"]), shape)

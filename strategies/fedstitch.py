@@ -25,9 +25,10 @@ from flexfed.stitching.blocks import Pool
 from flexfed.stitching.bridges import solve_bridge
 from flexfed.stitching.construction import RANDOM_PATH, Construction, fixed_path
 from flexfed.stitching.head import solve_head
-from flexfed.stitching.network import FORMAT, build_stitched, fill, recipe_of, stitched_arrays, stitched_name
+from flexfed.stitching.network import build_stitched, fill, stitched_arrays, stitched_name
 from flexfed.stitching.path import Path
 from flexfed.stitching.phases import GROUP, Work, modelled_peak_bytes, plan_bridge, plan_head
+from flexfed.stitching.saved import FORMAT, recipe_of
 from flexfed.stitching.scoring import Scoring
 from flexfed.stitching.search import Shrunk, shrink
 from flexfed.stitching.votes import Aggregator, Ballot, Decision, reward_of, valid_scores
@@ -364,7 +365,7 @@ class FedStitch(FederatedStrategy):
         return self._network(self.result)
 
     def model_metadata(self, model: Arrays) -> Mapping[str, str]:
-        """The recipe, with which `flexfed.stitching.network.load_stitched` builds the network again."""
+        """The recipe, with which `flexfed.stitching.saved.load_stitched` builds the network again."""
         mean, std = (tuple(cast(list[float], self.transform[key])) for key in ("input-mean", "input-std"))
         recipe = recipe_of(self.task, self.result.path.ids, self.server.info.label_names, (mean, std))
         return metadata_of(FORMAT, recipe.to_json(), model)

@@ -3,7 +3,7 @@
 "Deep Residual Learning for Image Recognition" (He, Zhang, Ren, Sun, CVPR 2016, https://arxiv.org/abs/1512.03385),
 section 4.2, as in github.com/akamaster/pytorch_resnet_cifar10; and the ResNet of "MLPerf Tiny Benchmark" (Banbury et
 al., NeurIPS 2021, https://arxiv.org/abs/2106.07597), as in github.com/mlcommons/tiny. Tensors are called as in the
-files that both publish, but for the stages of the second (`ResNet8.file_name`).
+files that both publish, but for the stages of the second (`keras_name`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+# Where load_weights finds what tensors are called in a published file that does not call them by the network's names.
+FILE_NAME_ATTRIBUTE = "file_name"
 
 WIDTHS = (16, 32, 64)
 DEPTHS = {20: 3, 32: 5, 44: 7, 56: 9}
@@ -83,45 +86,41 @@ class CifarBlock(nn.Module):
 
 
 def cifar_resnet8(num_classes: int, input_shape: tuple[int, ...], running_statistics: bool = False) -> nn.Module:
-    """The residual network of MLPerf Tiny: 78,186 parameters.
+    """The residual network of MLPerf Tiny: a convolution and three residual units, 78,186 parameters.
 
-    Keras's, with its padding and its epsilon of batch norm. The published weights expect pixels in 0..255.
+    Layers have the names that Keras gave them, its padding and its epsilon of batch norm. The published weights
+    expect pixels in 0..255.
 
     Args:
         num_classes: outputs of the classifier.
         input_shape: (channels, height, width).
         running_statistics: as of `cifar_resnet`.
     """
-    return ResNet8(num_classes, input_shape[0], running_statistics)
-
-
-class ResNet8(nn.Sequential):
-    """A convolution and three residual units; layers have the names that Keras gave them."""
-
-    def __init__(self, num_classes: int, channels: int, running_statistics: bool) -> None:
-        narrow, middle, wide = WIDTHS
-        stem = OrderedDict(
-            conv2d=SameConv2d(channels, narrow, 3),
-            batch_normalization=_keras_norm(narrow, running_statistics),
-            activation=nn.ReLU(),
+    narrow, middle, wide = WIDTHS
+    stem = OrderedDict(
+        conv2d=SameConv2d(input_shape[0], narrow, 3),
+        batch_normalization=_keras_norm(narrow, running_statistics),
+        activation=nn.ReLU(),
+    )
+    model = nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(stem),
+            stack1=KerasBlock(narrow, narrow, 1, 1, running_statistics),
+            stack2=KerasBlock(narrow, middle, 3, 3, running_statistics),
+            stack3=KerasBlock(middle, wide, 6, 5, running_statistics),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(1),
+            dense=nn.Linear(wide, num_classes),
         )
-        super().__init__(
-            OrderedDict(
-                stem=nn.Sequential(stem),
-                stack1=KerasBlock(narrow, narrow, 1, 1, running_statistics),
-                stack2=KerasBlock(narrow, middle, 3, 3, running_statistics),
-                stack3=KerasBlock(middle, wide, 6, 5, running_statistics),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(1),
-                dense=nn.Linear(wide, num_classes),
-            )
-        )
+    )
+    setattr(model, FILE_NAME_ATTRIBUTE, keras_name)
+    return model
 
-    @staticmethod
-    def file_name(name: str) -> str:
-        """What a tensor of this network is called in the published file, which has no stages."""
-        head, _, rest = name.partition(".")
-        return name if head == "dense" else rest
+
+def keras_name(name: str) -> str:
+    """What a tensor of this network is called in the published file, which has no stages."""
+    head, _, rest = name.partition(".")
+    return name if head == "dense" else rest
 
 
 class KerasBlock(nn.Module):

@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from flexfed.models.cifar import FILE_NAME_ATTRIBUTE
 from flexfed.models.zoo import NAME_ATTRIBUTE, OPTIONS
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
@@ -58,8 +59,8 @@ def _load_zoo(model: nn.Module) -> None:
 
 
 def _own_names(model: nn.Module, own: Mapping[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file by the network's names, where a published file has others (`file_name`)."""
-    file_name = getattr(model, "file_name", None)
+    """The tensors of a file by the network's names, where a published file has others (FILE_NAME_ATTRIBUTE)."""
+    file_name = getattr(model, FILE_NAME_ATTRIBUTE, None)
     if file_name is None or not any(file_name(name) in state for name in own if name not in state):
         return state
     return {name: state[file_name(name)] for name in own if file_name(name) in state}

@@ -12,7 +12,7 @@ from torch import nn
 
 from flexfed.models.zoo import torchvision_model, torchvision_names
 from flexfed.networks import build_on_meta
-from flexfed.stitching.blocks import Source, Unit
+from flexfed.stitching.sources import Source, Unit
 
 NATIVE_SHAPE = (3, 224, 224)
 _NUM_CLASSES = 1000
@@ -94,7 +94,15 @@ def torchvision_source(name: str) -> Source:
     """
     if name not in torchvision_names():
         raise ValueError(f"unknown source {name!r}: torchvision has no classification network of that name")
-    build = partial(torchvision_model, name, _NUM_CLASSES, NATIVE_SHAPE)
+    return family_source(name, partial(torchvision_model, name, _NUM_CLASSES, NATIVE_SHAPE))
+
+
+def family_source(name: str, build: Callable[[], nn.Module]) -> Source:
+    """A network of one of torchvision's classes as a source.
+
+    Raises:
+        ValueError: it is of a family that is not known here.
+    """
     model = build_on_meta(build)
     family = type(model).__name__
     if family not in FAMILIES:

@@ -1,27 +1,20 @@
-"""The result as an ordinary network: blocks, bridges and head in one module, in a file that needs no zoo to be read."""
+"""A stitched network as one ordinary module: blocks, bridges and head; it can be built by its name."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path as FilePath
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flexfed.models.registry import STITCHED
-from flexfed.networks import Convention
 from flexfed.stitching.blocks import NUM_BLOCKS, Block, Pool
 from flexfed.stitching.path import Path, align, pooled
 from flexfed.stitching.zoos import open_pool, plan_pool
-from flexfed.tensorfile import read_tensors, write_tensors
 from flexfed.units import Arrays
-
-FORMAT = "flexfed stitched network 1"
 
 
 @dataclass(frozen=True)
@@ -30,15 +23,15 @@ class Origin:
 
     Attributes:
         zoo: its name.
-        sources: all of the pool's, not only those used: blocks are numbered through them.
         num_blocks: of each source.
+        sources: all of the pool's, not only those used: blocks are numbered through them.
         ids: of the blocks, in order.
         input_shape: of one sample.
     """
 
     zoo: str
-    sources: tuple[str, ...]
     num_blocks: int
+    sources: tuple[str, ...]
     ids: tuple[int, ...]
     input_shape: tuple[int, ...]
 
@@ -57,27 +50,6 @@ class Origin:
             ValueError: as `open_pool`.
         """
         return open_pool(self.zoo, self.input_shape, ",".join(self.sources), folder, self.num_blocks)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What stands in the file beside the tensors.
-
-    Attributes:
-        origin: which blocks.
-        zoo_digest: of the pool whose weights went in.
-        classes: their names.
-        normalisation: of the data: mean and deviation of each channel.
-    """
-
-    origin: Origin
-    zoo_digest: str
-    classes: tuple[str, ...]
-    normalisation: Convention
-
-    def to_json(self) -> str:
-        """As `read_recipe` reads it."""
-        return json.dumps(asdict(self))
 
 
 class BridgeLayer(nn.Module):
@@ -107,7 +79,7 @@ class PooledFeatures(nn.Module):
         return pooled(x)
 
 
-class Stitched(nn.Sequential):
+class Stitched(nn.Module):
     """Blocks with bridges between them, pooling and a linear head: block1, bridge2, block2, ..., pool, head.
 
     Attributes:
@@ -119,6 +91,12 @@ class Stitched(nn.Sequential):
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.origin = origin
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map data (n, *input_shape) to logits (n, classes)."""
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 def build_stitched(pool: Pool, ids: Sequence[int], num_classes: int) -> Stitched:
@@ -132,7 +110,7 @@ def build_stitched(pool: Pool, ids: Sequence[int], num_classes: int) -> Stitched
     Raises:
         ValueError: blocks that cannot follow each other; see `check_ids`.
     """
-    model = _on_meta(pool, ids, num_classes)
+    model = stitched_on_meta(pool, ids, num_classes)
     device = torch.get_default_device()
     if device.type == "meta":
         return model
@@ -143,7 +121,12 @@ def build_stitched(pool: Pool, ids: Sequence[int], num_classes: int) -> Stitched
     return model
 
 
-def _on_meta(pool: Pool, ids: Sequence[int], num_classes: int) -> Stitched:
+def stitched_on_meta(pool: Pool, ids: Sequence[int], num_classes: int) -> Stitched:
+    """The same without memory.
+
+    Raises:
+        ValueError: as `build_stitched`.
+    """
     blocks = check_ids(pool, ids)
     bridged = bridge_positions(pool, ids)
     layers: dict[str, nn.Module] = {}
@@ -155,7 +138,7 @@ def _on_meta(pool: Pool, ids: Sequence[int], num_classes: int) -> Stitched:
         layers["pool"] = PooledFeatures()
         layers["head"] = nn.Linear(blocks[-1].shape_out[0], num_classes)
     num_blocks = len(pool.of(pool.sources[0]))
-    return Stitched(layers, Origin(pool.zoo, pool.sources, num_blocks, tuple(ids), pool.input_shape))
+    return Stitched(layers, Origin(pool.zoo, num_blocks, pool.sources, tuple(ids), pool.input_shape))
 
 
 def bridge_positions(pool: Pool, ids: Sequence[int]) -> frozenset[int]:
@@ -198,7 +181,7 @@ def stitched_arrays(pool: Pool, path: Path, head: np.ndarray) -> Arrays:
     Raises:
         ValueError: a bridge is missing or too many, or a shape does not fit.
     """
-    model = _on_meta(pool, path.ids, head.shape[1])
+    model = stitched_on_meta(pool, path.ids, head.shape[1])
     if bridge_positions(pool, path.ids) != frozenset(path.bridges):
         raise ValueError(
             f"path {path.ids} needs bridges at positions {sorted(bridge_positions(pool, path.ids))}, "
@@ -233,63 +216,6 @@ def fill(model: Stitched, arrays: Mapping[str, np.ndarray]) -> Stitched:
     """Put all tensors into a network, which may be on `meta`; in place."""
     model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, assign=True)
     return model
-
-
-def save_stitched(
-    file: FilePath, pool: Pool, path: Path, head: np.ndarray, classes: Sequence[str], normalisation: Convention
-) -> None:
-    """Write the network and how it came about: a .safetensors file whose metadata hold a `Recipe`.
-
-    Args:
-        file: as a rule model.safetensors of a run folder.
-        pool: with weights.
-        path: of the network.
-        head: as of `stitched_arrays`.
-        classes: their names.
-        normalisation: of the data that it was stitched on.
-
-    Raises:
-        ValueError: as `stitched_arrays`, or not one name for each class.
-    """
-    if len(classes) != head.shape[1]:
-        raise ValueError(f"a head of {head.shape[1]} classes needs as many names, got {len(classes)}")
-    arrays = stitched_arrays(pool, path, head)
-    write_tensors(file, FORMAT, recipe_of(pool, path.ids, classes, normalisation).to_json(), arrays)
-
-
-def recipe_of(pool: Pool, ids: Sequence[int], classes: Sequence[str], normalisation: Convention) -> Recipe:
-    """The recipe of a network."""
-    return Recipe(_on_meta(pool, ids, len(classes)).origin, pool.digest, tuple(classes), normalisation)
-
-
-def load_stitched(file: str | FilePath) -> Stitched:
-    """The network of a file that `save_stitched` wrote, in eval mode; the zoo's weights are not needed.
-
-    Raises:
-        ValueError: the file is missing, damaged, something else, or of a zoo that is cut otherwise here.
-    """
-    recipe = read_recipe(file)
-    arrays = read_tensors(FilePath(file), FORMAT)[1]
-    model = _on_meta(recipe.origin.plan(), recipe.origin.ids, len(recipe.classes))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: array.shape for name, array in arrays.items()}
-    if expected != got:
-        differ = sorted(set(expected.items()) ^ set(got.items()))[:3]
-        raise ValueError(f"{file} does not fit zoo {recipe.origin.zoo!r} as it is cut here; they differ in {differ}")
-    return fill(model, arrays).eval()
-
-
-def read_recipe(file: str | FilePath) -> Recipe:
-    """How the network of a file came about.
-
-    Raises:
-        ValueError: as `load_stitched`.
-    """
-    told: dict[str, Any] = json.loads(read_tensors(FilePath(file), FORMAT)[0])
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["origin"].items()}
-    origin = Origin(given["zoo"], given["sources"], given["num_blocks"], given["ids"], given["input_shape"])
-    mean, deviation = told["normalisation"]
-    return Recipe(origin, told["zoo_digest"], tuple(told["classes"]), (tuple(mean), tuple(deviation)))
 
 
 def stitched_model(name: str, num_classes: int, input_shape: tuple[int, ...]) -> Stitched:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexfed.data.shapes import PRETRAINING_IDS, SHAPE, balanced_images
-from flexfed.stitching.blocks import Source
+from flexfed.stitching.sources import Source
 from flexfed.training import Samples, batches
 
 NUM_STAGES = 4
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Pretraining:
     """How the zoo is pre-trained: SGD with a cosine schedule. Another recipe is another zoo.
 
     Attributes:
@@ -114,7 +114,7 @@ def shapes_source(name: str) -> Source:
     return Source(name, partial(shapes_network, name), units, SHAPE)
 
 
-def pretrain(name: str, samples: Samples, recipe: Recipe) -> dict[str, Tensor]:
+def pretrain(name: str, samples: Samples, recipe: Pretraining) -> dict[str, Tensor]:
     """Train one network from scratch, and give all its tensors; the same bits for the same recipe on one thread."""
     seed = np.random.default_rng([recipe.seed, list(NETWORKS).index(name)])
     with torch.random.fork_rng(devices=[]):
@@ -134,7 +134,7 @@ def pretrain(name: str, samples: Samples, recipe: Recipe) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def pretraining_samples(recipe: Recipe) -> Samples:
+def pretraining_samples(recipe: Pretraining) -> Samples:
     """The images that the zoo is trained on, normalised by their own mean and deviation per channel."""
     images, labels = balanced_images(recipe.ids, recipe.per_class, np.random.default_rng([recipe.seed, 1]))
     mean, deviation = (np.asarray(f(images, axis=(0, 2, 3), keepdims=True)) for f in (np.mean, np.std))

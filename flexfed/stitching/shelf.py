@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flexfed.data.shapes import NOISE, SHAPE
-from flexfed.stitching.shapes import NETWORKS, Recipe, pretrain, pretraining_samples
+from flexfed.stitching.shapes import NETWORKS, Pretraining, pretrain, pretraining_samples
 from flexfed.tensorfile import read_tensors, write_tensors
 from flexfed.units import Arrays
 
@@ -83,7 +83,7 @@ class Poison:
         return values
 
 
-def shapes_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
+def shapes_files(recipe: Pretraining, folder: Path) -> dict[str, Path]:
     """The weight files of the zoo, trained where they are missing.
 
     Args:
@@ -103,7 +103,7 @@ def shapes_files(recipe: Recipe, folder: Path) -> dict[str, Path]:
     return files
 
 
-def poisoned_files(recipe: Recipe, poison: Poison, folder: Path) -> dict[str, Path]:
+def poisoned_files(recipe: Pretraining, poison: Poison, folder: Path) -> dict[str, Path]:
     """The weight files of the same zoo with some stages spoilt."""
     home = folder / f"shapes-poisoned-{_hash(recipe, poison)}"
     files, clean = _files(home), shapes_files(recipe, folder)
@@ -125,7 +125,7 @@ def _files(home: Path) -> dict[str, Path]:
     return {name: home / f"{name}.safetensors" for name in NETWORKS}
 
 
-def _hash(recipe: Recipe, poison: Poison | None = None) -> str:
+def _hash(recipe: Pretraining, poison: Poison | None = None) -> str:
     widths = {name: widths for name, (_, widths) in NETWORKS.items()}
     made_of = [VERSION, asdict(recipe), widths, SHAPE, NOISE, None if poison is None else asdict(poison)]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]

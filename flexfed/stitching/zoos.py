@@ -12,12 +12,13 @@ from urllib.parse import urlparse
 
 import torch
 
-from flexfed.models.cifar import DEPTHS, ResNet8, cifar_resnet, cifar_resnet8
+from flexfed.models.cifar import DEPTHS, cifar_resnet, cifar_resnet8, keras_name
 from flexfed.networks import Convention
-from flexfed.stitching.blocks import NUM_BLOCKS, Intake, Pool, Source, Unit, make_pool
+from flexfed.stitching.blocks import NUM_BLOCKS, Pool, make_pool
 from flexfed.stitching.families import torchvision_source
-from flexfed.stitching.shapes import NETWORKS, Recipe, shapes_source
+from flexfed.stitching.shapes import NETWORKS, Pretraining, shapes_source
 from flexfed.stitching.shelf import Poison, poisoned_files, shapes_files, zoo_folder
+from flexfed.stitching.sources import Intake, Source, Unit
 from flexfed.stitching.weightfiles import in_parts
 
 IMAGENET: Convention = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -169,7 +170,7 @@ def _cifar_source(name: str) -> Source:
     if name == "cifar-resnet8":
         stages: tuple[Unit, ...] = (("stem",), ("stack1",), ("stack2",), ("stack3",))
         build = partial(cifar_resnet8, 10, _CIFAR_SHAPE, running_statistics=True)
-        return Source(name, build, stages, _CIFAR_SHAPE, file_name=ResNet8.file_name, convention=PIXELS)
+        return Source(name, build, stages, _CIFAR_SHAPE, file_name=keras_name, convention=PIXELS)
     num = DEPTHS[int(name.removeprefix("cifar-resnet"))]
     residual = tuple((f"layer{stage}.{unit}",) for stage in (1, 2, 3) for unit in range(num))
     units: tuple[Unit, ...] = (("conv1", "bn1", "relu"), *residual)
@@ -211,11 +212,11 @@ def _torchvision_places(name: str, folder: str) -> tuple[str, list[Path]]:
 
 
 def _shapes_files(names: Sequence[str], folder: str) -> Mapping[str, Path]:
-    return shapes_files(Recipe(), zoo_folder(folder))
+    return shapes_files(Pretraining(), zoo_folder(folder))
 
 
 def _poisoned_files(names: Sequence[str], folder: str) -> Mapping[str, Path]:
-    return poisoned_files(Recipe(), Poison(), zoo_folder(folder))
+    return poisoned_files(Pretraining(), Poison(), zoo_folder(folder))
 
 
 STITCHNET_SOURCES = ("resnet50", "alexnet", "densenet121", "mobilenet_v3_small", "vgg16")
