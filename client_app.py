@@ -39,12 +39,17 @@ from flexfed.units import Arrays
 
 
 def with_changes(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Hand on the run configuration as the server has it: a run that follows another has keys of its own."""
+    """Hand on the run configuration as the server has it: a run that follows another has keys of its own.
+
+    What was resumed is then the other run, if any was.
+    """
     told = message.content.config_records.get("config")
     changed = json.loads(str(told.get(CHANGED, "{}"))) if told else {}
-    config = {**context.run_config, **changed}
+    if all(context.run_config.get(key) == value for key, value in changed.items()):
+        return call_next(message, context)
+    config = {**context.run_config, "resume": "", **changed}
     own = Context(context.run_id, context.node_id, context.node_config, context.state, config, context.series_id)
-    return call_next(message, own if changed else context)
+    return call_next(message, own)
 
 
 app = ClientApp(mods=[with_changes])

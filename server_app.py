@@ -74,7 +74,12 @@ def run(grid: Grid, config: Mapping[str, Any], run_id: str) -> Path:
     if not told:
         return folder
     log.info("now %s, in a run of its own", ", ".join(f"{key}={value!r}" for key, value in told.items()))
-    return run_one(grid, {**config, "resume": "", **told}, sha256(run_id.encode()).hexdigest()[:8], told)[0]
+    try:
+        return run_one(grid, {**config, "resume": "", **told}, sha256(run_id.encode()).hexdigest()[:8], told)[0]
+    except ValueError as error:
+        raise ValueError(
+            f"the run in {folder} is finished and stays, the one to follow it cannot be: {error}"
+        ) from error
 
 
 def run_one(

@@ -14,6 +14,7 @@ from flexfed.codecs import CODECS, PLAIN
 from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
+from flexfed.methods.fedstitch import NO_FINETUNING
 from flexfed.models import check_model, model_factory
 from flexfed.networks import Factory
 from flexfed.rivals import BANDITS
@@ -141,6 +142,8 @@ class Experiment:
                 f"{method.prefix}assign={knobs.assign!r} says who gets which level, ratio-policy="
                 f"{settings.ratio_policy!r} how much each device gets: leave one of them at its default"
             )
+        if (following := getattr(knobs, "finetune", NO_FINETUNING)) != NO_FINETUNING:
+            _check_following(f"{method.prefix}finetune", following, {**values, "strategy": following})
         bandit = read(BanditConfig, values, BANDIT_PREFIX)
         return cls(settings, read(DataConfig, values), read(Training, values), knobs, bandit)
 
@@ -186,6 +189,21 @@ def _filled(settings: Settings) -> Settings:
     policy = method.ratio_policy if settings.ratio_policy == "own" else settings.ratio_policy
     personal = method.personal if settings.personal == "own" else settings.personal
     return replace(settings, ratio_policy=policy, personal=personal)
+
+
+def _check_following(key: str, strategy: str, values: Mapping[str, Any]) -> None:
+    """Read the configuration of the run that is to follow, so that it is refused before this one begins.
+
+    Raises:
+        ValueError: no strategy, one that trains no network, or a value that does not go with it.
+    """
+    able = [name for name, method in METHODS.items() if not method.phases]
+    if strategy not in able:
+        raise ValueError(f"{key}={strategy!r} trains no network; expected {NO_FINETUNING} or one of {', '.join(able)}")
+    try:
+        Experiment.read(values)
+    except ValueError as error:
+        raise ValueError(f"the run that {key}={strategy!r} asks for cannot be: {error}") from error
 
 
 def read(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -68,9 +68,12 @@ def open_run(path: str, config: Mapping[str, Scalar]) -> Resumed:
     own = read_config(folder)
     refuse_other_configuration(folder, own, config)
     goal: tuple[Any, Any] = (config["num-server-rounds"], config.get("stop-at-accuracy", 0.0))
-    if (folder / "summary.json").exists() and is_over((run := load_run(folder)).rounds, *goal):
+    is_shown = (folder / "summary.json").exists()
+    if is_shown and is_over((run := load_run(folder)).rounds, *goal):
         return Resumed(RunFolder(folder), own, None, run.rounds, True)
     found = load_checkpoint(folder / "checkpoint", run_identity(config))
+    if is_shown and found and found.facts.get("over"):  # it ended by itself
+        return Resumed(RunFolder(folder), own, found, run.rounds, True)
     rounds = read_rounds(folder, found.metrics_bytes if found else None)
     if found is None and len(rounds) > 1:  # one line may be written before the first checkpoint
         raise ValueError(f"{folder} has {len(rounds)} rounds, but no checkpoint to go on from: start the run anew")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path as Folder
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -27,7 +28,15 @@ from flexfed.stitching.construction import RANDOM_PATH, Construction, fixed_path
 from flexfed.stitching.head import solve_head
 from flexfed.stitching.network import build_stitched, fill, stitched_arrays, stitched_name
 from flexfed.stitching.path import Path
-from flexfed.stitching.phases import GROUP, Work, modelled_peak_bytes, plan_bridge, plan_head
+from flexfed.stitching.phases import (
+    GROUP,
+    Work,
+    bridge_view,
+    modelled_peak_bytes,
+    plan_bridge,
+    plan_count,
+    plan_head,
+)
 from flexfed.stitching.saved import FORMAT, recipe_of
 from flexfed.stitching.scoring import Scoring
 from flexfed.stitching.search import Shrunk, shrink
@@ -37,11 +46,13 @@ from flexfed.tensorfile import metadata_of
 from flexfed.training import evaluate
 from flexfed.units import Arrays
 from strategies.federated import FederatedStrategy, OnRound, RunOver
+from strategies.finetuning import refuse_uncut
 from strategies.phases import Phase
 from strategies.record import RoundRecord
 from strategies.stitch_clients import StitchClients, Total
 
 log = logging.getLogger("flwr")
+T = TypeVar("T")
 
 
 class FedStitch(FederatedStrategy):
@@ -82,7 +93,7 @@ class FedStitch(FederatedStrategy):
             self.now = replace(self.now, **Construction.read(under(state, "now")))
             if before := under(state, "whole"):
                 self.whole = replace(self.now, **Construction.read(before))
-        self._over = False
+        self._over = bool(resumed and resumed.facts["over"])
 
     def _fresh(self, episode: int) -> Construction:
         fixed = fixed_path(self.config.path, self.task)
@@ -96,7 +107,9 @@ class FedStitch(FederatedStrategy):
     @classmethod
     def set_up(cls, experiment: Experiment, info: DatasetInfo, stood: Checkpoint | None) -> tuple[Pool, Arrays]:
         """The blocks; no global model stands before the first one."""
-        return pool_of(experiment.method, info.input_shape), {}
+        pool = pool_of(experiment.method, info.input_shape)
+        refuse_uncut(pool, info.num_classes, experiment.method.finetune)
+        return pool, {}
 
     def begin(self, arrays: Arrays, grid: Grid) -> None:
         """Leave out devices that could not run a single block.
@@ -110,6 +123,11 @@ class FedStitch(FederatedStrategy):
         able = self._able()
         if not able:
             raise ValueError("no device can run every block; see memory-bytes of the fleet, and fedstitch.zoo")
+        if not self.now.path.ids and not self.now.candidates:
+            raise ValueError(
+                f"no block can come first: with fedstitch.max-blocks={self.config.max_blocks} it would have to begin "
+                "and to end a source; raise it"
+            )
         left_out = sorted(self.federation.devices.keys() - able)
         if left_out:
             log.info("%s devices cannot run every block: partitions %s", len(left_out), left_out)
@@ -148,7 +166,9 @@ class FedStitch(FederatedStrategy):
         self.clients.missed = 0
         self._facts: dict[str, Any] = {"episode": self.now.episode}
         self._next: Path | None = None
-        if self.cohort and self._choose(grid, rng) and self._stitch(grid):
+        if not self.cohort:  # nobody has the memory in this round; somebody will in another
+            return []
+        if self._choose(grid, rng) and self._stitch(grid):
             self._phase = self._head_phase()
             return self.clients.phases.messages(self._phase, self._summing)
         self._over = True
@@ -206,7 +226,10 @@ class FedStitch(FederatedStrategy):
         if not path.needs_bridge(self.task, block):
             self._next = path.then(block)
             return True
-        total = Total(self._channels(path), self.task.blocks[block].shape_in[0])
+        view = bridge_view(self.task.blocks[path.ids[-1]], self.task.blocks[block], self.config.bridge_rows)
+        total = Total(
+            self._channels(path), self.task.blocks[block].shape_in[0], lambda p: view.num_rows(self._examples(p))
+        )
 
         def work(partition: int) -> Work:
             return plan_bridge(self.task, path, block, self._examples(partition), size)
@@ -216,10 +239,11 @@ class FedStitch(FederatedStrategy):
             return self.clients.phase("train.stitch", path, total.receive, works, {"block": block})
 
         self._carry_out(grid, make, total)
-        if not total:
+        bridge = solved(lambda: solve_bridge(total.sums, self.config.bridge_ridge)) if total else None
+        if bridge is None:
             log.warning("round %s: nobody stitched; the network stays as it is", self.record.server_round)
             return False
-        self._next = path.then(block, solve_bridge(total.sums, self.config.bridge_ridge))
+        self._next = path.then(block, bridge)
         return True
 
     # Phase C: the head ------------------------------------------------------------------------------------------
@@ -227,7 +251,7 @@ class FedStitch(FederatedStrategy):
     def _head_phase(self) -> Phase:
         assert self._next is not None
         path, classes, size = self._next, self.server.info.num_classes, self.config.batch_size
-        self._total = Total(self._channels(path), classes)
+        self._total = Total(self._channels(path), classes, self._examples)
         self._summing = self._able_now() if self.config.last_head == "all" and self._is_last(path) else self.cohort
 
         def work(partition: int) -> Work:
@@ -252,13 +276,13 @@ class FedStitch(FederatedStrategy):
         if not self._total:
             self._phase = self._head_phase()
             phases.carry_out(self._grid, self._phase, self._summing)
-        if not self._total:
+        head = solved(lambda: solve_head(self._total.sums, self.config.head_ridge)) if self._total else None
+        if head is None:
             log.warning("round %s: no head; the network stays as it is", self.record.server_round)
             self._next, self._over = None, True
             return None, None
         self.accepted += len(self._phase.answered)
         self.record.trained["stitched"] = len(self._phase.answered)
-        head = solve_head(self._total.sums, self.config.head_ridge)
         self._grown = self.now.grown(self._next, head, self.now.accuracy, self.left)
         return None, None
 
@@ -269,20 +293,31 @@ class FedStitch(FederatedStrategy):
     ) -> Iterable[Message]:
         """Test the network on the server's samples, then ask the cohort to."""
         self._correct = self._tested = 0
+        after = self.now if self._next is None else self._grown
+        if self._is_tested(server_round + self._offset, after):
+            self.record.quality = self._measured(self._left_by(after))
         if self._next is None:
             return []
-        grown, every = self._grown, self.settings.evaluate_every
-        last = server_round + self._offset == self.settings.num_server_rounds
-        if grown.is_over or last or (server_round + self._offset) % every == 0:
-            self.record.quality = self._measured(grown)
-        # The server knows nothing of validation samples: there is no deadline.
-        self._phase = self.clients.phase("evaluate.stitched", grown.path, self._count, {}, {}, grown.head)
+        path, head, classes = self._grown.path, self._grown.head, self.server.info.num_classes
+
+        def work(partition: int) -> Work:
+            return plan_count(self.task, path, classes, self._most_validation(partition), self.config.batch_size)
+
+        works = {p: work(p) for p in self.cohort}
+        self._phase = self.clients.phase("evaluate.stitched", path, self._count, works, {}, head)
         return self.clients.phases.messages(self._phase, self.cohort)
+
+    def _is_tested(self, server_round: int, after: Construction) -> bool:
+        """Whether the server tests in this round: as often as asked for, and whatever is whole or the last."""
+        due = server_round % self.settings.evaluate_every == 0 or server_round == self.settings.num_server_rounds
+        return self._left_by(after).head is not None and (due or after.is_over or self._over)
 
     def _count(self, partition: int, answer: Answer) -> None:
         correct, num = int(answer.metrics.get("correct", -1)), int(answer.metrics.get("num-samples", 0))
         if not 0 <= correct <= num:
             raise ValueError(f"{correct} of {num} validation samples cannot be right")
+        if num > (most := self._most_validation(partition)):
+            raise ValueError(f"it tested {num} validation samples and has told of samples for at most {most}")
         self._correct += correct
         self._tested += num
 
@@ -301,14 +336,14 @@ class FedStitch(FederatedStrategy):
             if self.now.episode < self.config.episodes:
                 self.now = self._fresh(self.now.episode + 1)
         self.close_round({"stitching": {**self._facts, "missed": self.clients.missed}})
-        if self._over or self.is_over:
+        if self.is_over:
             raise RunOver
         return None
 
     @property
     def is_over(self) -> bool:
-        """Whether the network of the last episode is whole."""
-        return self.now.is_over
+        """Whether the network of the last episode is whole, or nothing could be added to it."""
+        return self._over or self.now.is_over
 
     def _learn(self) -> None:
         """From the reward of the block; nothing, told in the log, where no client has validation samples."""
@@ -334,6 +369,11 @@ class FedStitch(FederatedStrategy):
     def _examples(self, partition: int) -> int:
         return self.devices[partition].num_examples
 
+    def _most_validation(self, partition: int) -> int:
+        """Validation samples of a client at most, from what it trains on."""
+        share = self.experiment.data.validation_fraction
+        return math.floor(share / (1 - share) * self._examples(partition) + 1e-9)
+
     def _channels(self, path: Path) -> int:
         return self.task.blocks[path.ids[-1]].shape_out[0]
 
@@ -342,7 +382,11 @@ class FedStitch(FederatedStrategy):
     @property
     def result(self) -> Construction:
         """The last whole network; where none is whole yet, as far as it came."""
-        return self.now if self.whole is None or self.now.is_over else self.whole
+        return self._left_by(self.now)
+
+    def _left_by(self, now: Construction) -> Construction:
+        """What the run leaves, and reports, if it ends with that."""
+        return now if self.whole is None or now.is_over else self.whole
 
     @property
     def network_name(self) -> str:
@@ -350,7 +394,8 @@ class FedStitch(FederatedStrategy):
         return stitched_name(self.task, self.result.path.ids)
 
     def _network(self, at: Construction) -> Arrays:
-        assert at.head is not None
+        if at.head is None:
+            raise RuntimeError("no round brought a block, so there is no network; see the log")
         return stitched_arrays(self.task, at.path, at.head)
 
     def _measured(self, at: Construction) -> dict[str, float]:
@@ -400,7 +445,7 @@ class FedStitch(FederatedStrategy):
         if self.whole is not None:
             built |= {f"whole/{key}": value for key, value in self.whole.to_state().items()}
         state = {**built, **self.aggregator.state_dict(), **self.clients.state_dict()}
-        facts = {**self.run_facts(), "digest": self.task.digest}
+        facts = {**self.run_facts(), "digest": self.task.digest, "over": self.is_over}
         return Checkpoint(self.record.server_round, {}, state=state, facts=facts)
 
 
@@ -414,6 +459,16 @@ def facts_of(decision: Decision, left: Shrunk) -> dict[str, Any]:
         **{f"removed-{rule.lower()}": len(ids) for rule, ids in left.removed.items()},
         "guarded": int(left.guarded),
     }
+
+
+def solved(solve: Callable[[], T]) -> T | None:
+    """The solution of a regression; None, told in the log, where valid sums have none that is a number."""
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            return solve()
+    except (ValueError, FloatingPointError) as error:  # numpy's LinAlgError is a ValueError
+        log.warning("the clients' sums cannot be solved: %s", error)
+        return None
 
 
 def under(state: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Phases:
         self._strategy.record.count_answer(phase.kind, device, found.metrics, phase.sent[partition], num_bytes(reply))
 
 
-COSTS = {"macs": 1e18, "modelled-seconds": 1e9, "modelled-joules": 1e12, "seconds": 1e9}
+COSTS = {"macs": 1e18, "modelled-seconds": 1e9, "modelled-joules": 1e12, "measured-joules": 1e12, "seconds": 1e9}
 """What an answer may claim of its cost at most; more is not believed."""
 
 

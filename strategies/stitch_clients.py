@@ -22,6 +22,9 @@ from strategies.phases import Asked, Phase, Phases, Receive
 if TYPE_CHECKING:
     from strategies.fedstitch import FedStitch
 
+SLOWEST = 1e6
+"""How many times slower, or faster, than modelled a device can say that it is; more is not believed."""
+
 PHASES = ("train.score", "train.stitch", "train.head", "evaluate.stitched")
 
 
@@ -95,9 +98,13 @@ class StitchClients:
             self.missed += late
             if late and self._config.drop_late:
                 raise ValueError(f"it missed the deadline of {limit:.3g} modelled seconds")
-            receive(partition, answer)
             correction = answer.metrics.get("correction", 1.0)
-            self.corrections[partition] = correction if 0 < correction < math.inf else 1.0
+            if not 1 / SLOWEST <= correction <= SLOWEST:
+                raise ValueError(
+                    f"the correction of an answer must lie in [{1 / SLOWEST}, {SLOWEST}], got {correction}"
+                )
+            receive(partition, answer)
+            self.corrections[partition] = correction
             if answer.metrics.get("kept-state"):
                 self._held[partition] = (episode, len(path.ids))
 
@@ -124,9 +131,11 @@ class Total:
     Args:
         channels_in: of the features.
         channels_out: of what they are mapped to.
+        most: partition -> rows that it can have at most.
     """
 
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, most: Callable[[int], int]):
+        self._most = most
         self.sums, self._channels = no_rows(channels_in, channels_out), (channels_in, channels_out)
 
     def __bool__(self) -> bool:
@@ -143,4 +152,6 @@ class Total:
         told = Sums(gram, cross, int(answer.metrics.get("rows", -1)))
         if wrong := valid_sums(told, *self._channels):
             raise ValueError(wrong)
+        if told.num_rows > (most := self._most(partition)):
+            raise ValueError(f"sums of {told.num_rows} rows; of what it has told of, there are at most {most}")
         self.sums += told

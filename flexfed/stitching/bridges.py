@@ -13,6 +13,9 @@ import numpy as np
 
 from flexfed.stitching.path import Bridge
 
+LARGEST = 1e100
+"""What a client's sums may hold: more than sums of squares of float32 ever do."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sums:
@@ -58,11 +61,20 @@ def valid_sums(sums: Sums, channels_in: int, channels_out: int) -> str | None:
     shapes = (channels_in + 1, channels_in + 1), (channels_in + 1, channels_out)
     if (sums.gram.shape, sums.cross.shape) != shapes:
         return f"sums have shapes {sums.gram.shape} and {sums.cross.shape}, expected {shapes[0]} and {shapes[1]}"
-    if not (np.isfinite(sums.gram).all() and np.isfinite(sums.cross).all()):
-        return "sums are not finite"
+    if not all((np.abs(array) <= LARGEST).all() for array in (sums.gram, sums.cross)):
+        return f"sums are not finite, or beyond {LARGEST:.0e}"
     if sums.num_rows < 0 or not np.isclose(sums.gram[-1, -1], sums.num_rows):
         return f"sums say {sums.num_rows} rows, but their last entry counts {sums.gram[-1, -1]}"
-    return None
+    return None if _of_rows(sums.gram) else "sums are not those of any rows: their squares and products do not agree"
+
+
+def _of_rows(gram: np.ndarray) -> bool:
+    """Whether a gram matrix can be one, as far as pairs of columns tell."""
+    lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    hair = 1e-6 * (1 + np.outer(lengths, lengths))
+    return bool((np.diag(gram) >= 0).all() and (np.abs(gram - gram.T) <= hair).all()) and bool(
+        (np.abs(gram) <= np.outer(lengths, lengths) + hair).all()
+    )
 
 
 def ridge(sums: Sums, penalty: float) -> np.ndarray:
