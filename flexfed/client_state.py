@@ -60,7 +60,10 @@ def load_state(folder: Path, base: int) -> Arrays:
     path = _path(folder, base)
     if not path.is_file():
         raise ValueError(f"{LOST} {base} is missing: expected {path}; did state-dir change, or the device?")
-    return read_tensors(path, FORMAT)[1]
+    try:
+        return read_tensors(path, FORMAT)[1]
+    except ValueError as error:
+        raise ValueError(f"{LOST} {base} cannot be read: {error}") from error
 
 
 def save_state(folder: Path, server_round: int, state: Arrays, base: int) -> None:
