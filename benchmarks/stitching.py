@@ -93,6 +93,11 @@ def each(row: Row, show: Callable[[Run], object]) -> str:
     return ", ".join(str(show(run)) for _, run in sorted(row.runs.items())) or "-"
 
 
+def fact(key: str, run: Run) -> object:
+    """What the summary says."""
+    return facts(run)[key]
+
+
 def equal_cell(row: Row, baseline: Row, measure: str) -> str:
     """Accuracies at equal costs, and the rounds they are of."""
     found = [at_equal(pair, measure) for pair in measured_pairs(row, baseline, measure)]
@@ -138,7 +143,7 @@ def result_tables(study: Study) -> Iterator[TextTable]:
             row.name,
             spread(finals(row), percent),
             "-" if row is base else points(differences(row, base)),
-            *(each(row, lambda run, key=key: facts(run)[key]) for key in counts),
+            *(each(row, partial(fact, key)) for key in counts),
         ]
         for row in study.rows
     ]
