@@ -109,7 +109,9 @@ def path_of(run: Run) -> str:
     """The blocks by source, and their ids: "residual 1-2, plain 3 (0-1-6)"."""
     blocks = [name.rpartition(".") for name in facts(run).get("path", ())]
     grouped = [(source, [block[2] for block in group]) for source, group in groupby(blocks, lambda block: block[0])]
-    ids = next((at["stitching"]["path"] for at in reversed(run.rounds) if "path" in at.get("stitching", {})), [])
+    ids: list[int] = next(
+        (at["stitching"]["path"] for at in reversed(run.rounds) if "path" in at.get("stitching", {})), []
+    )
     return ", ".join(f"{source} {'-'.join(places)}" for source, places in grouped) + f" ({dashed(ids)})"
 
 
