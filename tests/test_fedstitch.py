@@ -23,7 +23,7 @@ import server_app
 from flexfed.checkpoint import load_checkpoint
 from flexfed.data import DataConfig, load_server, normalisation, normalise
 from flexfed.methods.fedstitch import pool_of
-from flexfed.stitching.network import load_stitched, read_recipe
+from flexfed.stitching.saved import load_stitched, read_recipe
 from flexfed.training import evaluate
 
 CLIENTS = 4
@@ -114,7 +114,7 @@ def test_a_round_is_told_in_full(plain: Path) -> None:
     sizes = told(plain, "pool")
     removed = [sum(line["stitching"][f"removed-r{rule}"] for rule in (1, 2, 3, 4)) for line in lines(plain)]
     assert [size - gone for size, gone in zip(sizes, removed, strict=True)][:-1] == sizes[1:]
-    validation = [line["accuracy-validation"] for line in lines(plain)]
+    validation = [line["validation-accuracy"] for line in lines(plain)]
     assert told(plain, "reward") == pytest.approx(np.diff([0.1, *validation]).tolist())
 
 
@@ -283,7 +283,7 @@ def test_clients_with_one_sample_each(tmp_path: Path, zoo: Path, caplog: pytest.
 def test_without_validation_samples_nothing_is_learned(tmp_path: Path, zoo: Path, plain: Path) -> None:
     run = stitch(tmp_path, zoo, shared={"validation-fraction": 0.0})
     assert set(told(run, "reward")) == {0}
-    assert not any("accuracy-validation" in line for line in lines(run))
+    assert not any("validation-accuracy" in line for line in lines(run))
     weights = [list(found.values()) for found in told(run, "weights")]
     np.testing.assert_allclose(weights, [weights[0]] * len(weights))
     assert any(told(plain, "weights")[0] != found for found in told(plain, "weights"))
@@ -398,7 +398,7 @@ def test_a_run_that_ends_within_an_episode_leaves_the_last_whole_network(
 
 def test_other_rewards_and_scores_run(tmp_path: Path, zoo: Path) -> None:
     favor = stitch(tmp_path / "favor", zoo, reward="favor", target_accuracy=0.5)
-    accuracy = lines(favor)[0]["accuracy-validation"]
+    accuracy = lines(favor)[0]["validation-accuracy"]
     assert told(favor, "reward")[0] == pytest.approx(64 ** (accuracy - 0.5) - 1)
     ahead = stitch(tmp_path / "ahead", zoo, score="lookahead")
     assert told(ahead, "depth")[-1] == 1

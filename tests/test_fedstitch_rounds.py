@@ -234,7 +234,7 @@ def test_law_2_a_failed_client_is_as_one_never_sampled(
     assert same_bits(final_model(failed), final_model(never))
     for one_, other in zip(lines(failed), lines(never), strict=True):
         assert {**one_["stitching"]} == {**other["stitching"]}
-        assert one_["accuracy-validation"] == other["accuracy-validation"]
+        assert one_["validation-accuracy"] == other["validation-accuracy"]
         assert [told["partition"] for told in one_["failed"]] == [VICTIM] * len(one_["failed"])
 
 
@@ -340,7 +340,7 @@ def test_nothing_at_all_in_the_first_round_is_an_error_that_names_a_cause(kind: 
 def test_no_valid_test_teaches_nothing(tmp_path: Path, zoo: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = stitch(tmp_path, zoo, only(TEST, fails, 0, EVERYBODY), shared={"num-server-rounds": 2})
     assert [line["stitching"]["reward"] for line in lines(run)] == [0, 0]
-    assert not any("accuracy-validation" in line for line in lines(run))
+    assert not any("validation-accuracy" in line for line in lines(run))
     assert "no validation samples; nothing is learned" in caplog.text
     first, second = (line["stitching"]["weights"] for line in lines(run))
     assert first == pytest.approx(second, rel=1e-12)

@@ -73,7 +73,7 @@ def stitched(
             told = {"episode": episode, "path": list(IDS[:place]), "reward": 0.125 * place, "missed": missed}
             told["weights"] = {"2": share, "10": 1 - share} if place > 1 else {}
             rounds.append({"joules": joules, "modelled-seconds": seconds, "stitching": told, "client-seconds": 4.0})
-            rounds[-1] |= {"accuracy-validation": 0.1 * place + 0.01 * episode, "modelled-seconds-training": 0.5}
+            rounds[-1] |= {"validation-accuracy": 0.1 * place + 0.01 * episode, "modelled-seconds-training": 0.5}
         rounds[-1]["accuracy"] = accuracy
     return rounds
 
