@@ -143,12 +143,13 @@ def trace_layout(factory: Factory, example_shape: tuple[int, ...]) -> Layout:
 
 
 def whole_layout(factory: Factory) -> Layout:
-    """The layout of a network that nobody cuts: it has tensors, and no units.
+    """The layout of a network that nobody cuts: it has tensors, and one unit that stands for all of them.
 
     For methods that send the whole network (FedAvg), where `trace_layout` refuses it.
     """
     tensors = {name: tuple(t.shape) for name, t in travelling(build_on_meta(factory)).items()}
-    return Layout({}, {name: (None,) * len(shape) for name, shape in tensors.items()}, tensors, frozenset())
+    axes: dict[str, tuple[np.ndarray | None, ...]] = {n: (None,) * len(shape) for n, shape in tensors.items()}
+    return Layout({"network": range(1)}, axes, tensors, frozenset({"network"}))
 
 
 def _numbered(
