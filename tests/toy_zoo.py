@@ -87,7 +87,7 @@ def toy_zoos() -> Iterator[None]:
 
 
 def knobs(folder: Path, **values: Any) -> dict[str, Any]:
-    """The configuration of a stitched run; the method's own keys as keywords, shared ones in `shared`."""
+    """The configuration of a stitched run; the method's own keys as keywords; those in `shared` as they are."""
     shared = {"num-server-rounds": 8, "validation-fraction": 0.2, **values.pop("shared", {})}
     own = {"zoo": "toy", "zoo_folder": str(folder), "score_images": 24, "bridge_rows": 256, **values}
-    return {**shared, **{f"fedstitch.{key.replace('_', '-')}": value for key, value in own.items()}}
+    return {**{f"fedstitch.{key.replace('_', '-')}": value for key, value in own.items()}, **shared}
