@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.stitching_runs import (
     ROOT,
+    WITH_BLOCKS,
     Study,
     as_good,
     at_equal,
@@ -26,6 +27,7 @@ from benchmarks.stitching_runs import (
     missed,
     path_of,
     ratios,
+    total,
     weights,
 )
 from flexfed.compare import Row, mean_and_deviation
@@ -40,12 +42,14 @@ COSTS = {
     "modelled-seconds": "time, modelled",
     "modelled-seconds-training": "of it without tests, modelled",
     "joules": "energy, modelled",
+    f"modelled-seconds{WITH_BLOCKS}": "time with blocks sent, modelled",
+    f"joules{WITH_BLOCKS}": "energy with blocks sent, modelled",
     "macs": "multiply-adds, modelled",
     "bytes-down": "sent to clients, measured",
     "bytes-up": "sent back, measured",
     "bytes-evaluation": "for tests, both ways, measured",
 }
-SPENT = ("client-seconds", "modelled-seconds", "joules")
+SPENT = ("client-seconds", "modelled-seconds", "joules", f"modelled-seconds{WITH_BLOCKS}", f"joules{WITH_BLOCKS}")
 
 # --- cells --------------------------------------------------------------------------------------------------
 
@@ -75,17 +79,17 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
-def total(key: str, value: float) -> str:
+def unit(key: str, value: float) -> str:
     """One of a run's totals with its unit."""
     if "seconds" in key:
         return f"{number(value)} s"
-    return scaled(value, "B" if "bytes" in key else "J" if key == "joules" else "")
+    return scaled(value, "B" if "bytes" in key else "J" if "joules" in key else "")
 
 
 def total_cell(key: str, row: Row) -> str:
     """The same over the seeds."""
-    known = [facts(run)[key] for run in row.runs.values() if facts(run).get(key) is not None]
-    return spread(known, partial(total, key))
+    known = [value for run in row.runs.values() if (value := total(run, key)) is not None]
+    return spread(known, partial(unit, key))
 
 
 def each(row: Row, show: Callable[[Run], object]) -> str:
@@ -128,7 +132,7 @@ def weight_cell(values: Sequence[float]) -> str:
 
 def episode_cells(run: Run) -> list[str]:
     """What each episode ended with."""
-    ends = [(line.get("accuracy-validation"), line["stitching"]) for _, line in sorted(episode_ends(run).items())]
+    ends = [(line.get("validation-accuracy"), line["stitching"]) for _, line in sorted(episode_ends(run).items())]
     return [f"{percent(a) if a is not None else '-'}; {s['reward']:+.3f}; {dashed(s['path'])}" for a, s in ends]
 
 
@@ -165,7 +169,7 @@ def cost_tables(study: Study) -> Iterator[TextTable]:
     caption = "Costs of a run. Client time is processor time, summed over clients; modelled time is that of each "
     caption += "phase's slowest device, with links. Time and energy are modelled with the tests on validation samples "
     caption += "that stitching learns from; client time and multiply-adds are without. Blocks that a client holds were "
-    caption += "there before, and are not in what was sent."
+    caption += "there before; what it would have cost to send them once, to every client, is told beside."
     yield TextTable(caption, ["row", *columns.values()], body)
     body = [[row.name, *(spread(ratios(row, study.baseline, key), number) for key in COSTS)] for row in study.rows]
     yield TextTable(f"The same as multiples of {study.baseline.name}'s, by seed.", ["row", *COSTS.values()], body)

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexfed.compare import Row
+from flexfed.cost import modelled_joules, modelled_seconds
+from flexfed.devices import load_fleet
 from flexfed.overrides import Scalar, defaults
 from flexfed.runs import Run
 from flexfed.suites import load_suite, suite_comparison, suite_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 STITCHES = "fedstitch"
+WITH_BLOCKS = "-with-blocks"
+"""At the end of a cost's key: and had the blocks been sent to every client once, before round 1."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,30 @@ def finals(row: Row) -> list[float]:
     return [accuracy for run in row.runs.values() if (accuracy := final(run)) is not None]
 
 
+def sending_blocks(run: Run) -> dict[str, float]:
+    """What it costs, modelled, to send every client all blocks; nothing where a run uses none."""
+    num_bytes, num, seed = facts(run).get("pool-bytes", 0), facts(run)["clients"], int(run.config["seed"])
+    devices = [load_fleet(str(run.config["fleet"])).device(partition, num, seed) for partition in range(num)]
+    seconds = max(modelled_seconds(device, 0, num_bytes, 0) for device in devices)
+    joules = sum(modelled_joules(device, 0, num_bytes, 0) for device in devices)
+    return {f"modelled-seconds{WITH_BLOCKS}": seconds, f"joules{WITH_BLOCKS}": joules}
+
+
+def total(run: Run, key: str) -> float | None:
+    """One of a run's totals."""
+    value: float | None = facts(run).get(key.removesuffix(WITH_BLOCKS))
+    return value + sending_blocks(run)[key] if value is not None and key.endswith(WITH_BLOCKS) else value
+
+
 def spent(run: Run, measure: str) -> list[float] | None:
     """What a run had spent after each of its rounds; None where that is not known of every round."""
-    told = {line["round"]: line.get(measure) for line in run.rounds}
+    told = {line["round"]: line.get(measure.removesuffix(WITH_BLOCKS)) for line in run.rounds}
     costs = [(run.client_timing if measure == "client-seconds" else told).get(line["round"]) for line in run.rounds]
     known = [cost for cost in costs if cost is not None]
-    return list(accumulate(known)) if known and len(known) == len(costs) else None
+    if not known or len(known) < len(costs):
+        return None
+    before = sending_blocks(run)[measure] if measure.endswith(WITH_BLOCKS) else 0.0
+    return list(accumulate(known, initial=before))[1:]
 
 
 def path_of(run: Run) -> str:
@@ -171,7 +193,7 @@ def differences(row: Row, baseline: Row) -> list[float]:
 
 def ratios(row: Row, baseline: Row, key: str) -> list[float]:
     """A total of a row's run as a multiple of the baseline's, seed by seed."""
-    found = [(facts(run).get(key), facts(base).get(key)) for run, base in pairs(row, baseline)]
+    found = [(total(run, key), total(base, key)) for run, base in pairs(row, baseline)]
     return [mine / other for mine, other in found if mine is not None and other]
 
 

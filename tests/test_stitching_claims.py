@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.stitching import main, number, points, report, spread, total
+from benchmarks.stitching import main, number, points, report, spread, unit
 from benchmarks.stitching_runs import (
     Pair,
     Study,
@@ -20,6 +20,7 @@ from benchmarks.stitching_runs import (
     path_of,
     ratios,
     spent,
+    total,
     weights,
 )
 from flexfed.overrides import defaults
@@ -36,6 +37,7 @@ metrics = ["accuracy"]
 [base]
 strategy = "fedstitch"
 runs-dir = "runs"
+fleet = "tiers"  # of four: one has 1 MB/s at 1 W, one 2 at 1, two 4 at 1.5
 [[row]]
 name = "best | path"
 [[row]]
@@ -91,7 +93,11 @@ def write(run: SuiteRun, rounds: Sequence[dict[str, Any]]) -> None:
     for at, told in enumerate(rounds, 1):
         folder.append_round({"round": at, **{key: told[key] for key in told if key != "client-seconds"}})
         folder.append_timing(at, 9.0, Measured(told["client-seconds"]))
-    facts: dict[str, Any] = {"client-seconds": sum(told["client-seconds"] for told in rounds), "seed": run.seed}
+    facts: dict[str, Any] = {
+        "client-seconds": sum(told["client-seconds"] for told in rounds),
+        "seed": run.seed,
+        "clients": 4,
+    }
     if run.config["strategy"] == "fedstitch":
         facts |= {"path": list(NAMES), "pool-bytes": 5_000_000}
     summary = summarise(load_run(folder.path).rounds, facts)
@@ -175,6 +181,15 @@ def test_what_was_spent_adds_up(study: Study) -> None:
     assert spent(base, "modelled-seconds") == [1, 2, 3]
 
 
+def test_the_blocks_may_be_counted_as_sent(study: Study) -> None:
+    run, base = pair(study, "trained", 1)
+    assert spent(base, "modelled-seconds-with-blocks") == [6, 7, 8]  # 5 MB on the slowest link
+    assert spent(base, "joules-with-blocks") == [13.25, 15.25, 17.25]  # 5 + 2.5 + 2 x 1.875 J
+    assert total(base, "joules-with-blocks") == 17.25
+    assert spent(run, "joules-with-blocks") == spent(run, "joules")
+    assert at_equal(pair(study, "trained", 1), "modelled-seconds-with-blocks") == (4, 0.4, 1.0)
+
+
 def test_what_was_not_measured_of_every_round_is_not_known(suite: Path) -> None:
     run = pair(load_study(suite), "trained", 1).run
     timing = run.path / "timing.jsonl"
@@ -226,9 +241,7 @@ def test_numbers() -> None:
     assert points([0.1, -0.02, 0.0]) == "+2.7 ± 6.4 (+-0)"
     assert points([-0.1]) == "-10.0 (-)"
     assert points([]) == "-"
-    assert [
-        total(*cost) for cost in (("joules", 1500), ("modelled-seconds", 0.5), ("macs", 2e9), ("bytes-up", 10))
-    ] == [
+    assert [unit(*cost) for cost in (("joules", 1500), ("modelled-seconds", 0.5), ("macs", 2e9), ("bytes-up", 10))] == [
         "1.50 kJ",
         "0.5 s",
         "2 G",
@@ -261,16 +274,18 @@ def test_costs_and_their_multiples(study: Study) -> None:
 def test_stitching_against_training(study: Study) -> None:
     page = report(study, "")
     equal = cells(page, "Accuracy in %, measured, in the first tested round")
-    assert equal["trained"] == ["40.0 ± 0.0 (round 4, 4)", "25.0 ± 7.1 (round 2, 3)", "60.0 ± 0.0 (round 6, 6)"] + [
-        "62.5 ± 10.6"
-    ]
-    assert equal["trained badly"] == ["40.0 (round 4)", "30.0 (round 2)", "-", "40.0"]
-    lead = cells(page, "By how many points best | path is more accurate")
-    assert lead["trained"] == ["+15.0 ± 7.1 (++)", "+30.0 ± 0.0 (++)", "-5.0 ± 7.1 (-0)", "-7.5 ± 17.7 (-+)"]
+    once = ["40.0 ± 0.0 (round 4, 4)", "25.0 ± 7.1 (round 2, 3)", "60.0 ± 0.0 (round 6, 6)"]
+    sent = ["40.0 ± 0.0 (round 4, 4)", "-"]  # 8 s, and 17.25 J
+    assert equal["trained"] == [*once, *sent, "62.5 ± 10.6"]
+    assert equal["trained badly"] == ["40.0 (round 4)", "30.0 (round 2)", "-", "40.0 (round 4)", "-", "40.0"]
+    lead = cells(page, "By how many points best | path is more accurate")["trained"]
+    assert lead[:3] == ["+15.0 ± 7.1 (++)", "+30.0 ± 0.0 (++)", "-5.0 ± 7.1 (-0)"]
+    assert lead[3:] == ["+15.0 ± 7.1 (++)", "-", "-7.5 ± 17.7 (-+)"]
     need = cells(page, "What a run spends until")
     assert need["trained"][0] == "1.25 ± 0 (round 5, 5)"
-    assert need["trained badly"] == ["never in 4 rounds"] * 3
-    assert need["not run"] == ["-"] * 3
+    assert need["trained"][4] == "0.29 ± 0 (round 5, 5)"
+    assert need["trained badly"] == ["never in 4 rounds"] * 5
+    assert need["not run"] == ["-"] * 5
     assert "Claimed: up to +20.93." in page
     assert "up to 8.12 of time; 89.41 % less energy, which is 9.44." in page
 
@@ -288,7 +303,7 @@ def test_a_seed_that_never_gets_there_is_told(suite: Path) -> None:
 def test_costs_that_nobody_measured_are_not_never(suite: Path) -> None:
     (pair(load_study(suite), "trained badly", 1).run.path / "timing.jsonl").unlink()
     row = cells(report(load_study(suite), ""), "What a run spends")["trained badly"]
-    assert row == ["-", "never in 4 rounds", "never in 4 rounds"]
+    assert row == ["-", *["never in 4 rounds"] * 4]
 
 
 def test_the_energy_optimiser(study: Study) -> None:
@@ -323,5 +338,5 @@ def test_a_page_for_each_suite(suite: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_suite_of_which_nothing_was_run_makes_a_page(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(SUITE)
     page = report(load_study(tmp_path / "s.toml"), "")
-    assert cells(page, "Costs of a run")["trained"] == ["-"] * 9
+    assert cells(page, "Costs of a run")["trained"] == ["-"] * 11
     assert "## Weights" not in page
