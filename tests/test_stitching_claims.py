@@ -265,6 +265,7 @@ def test_costs_and_their_multiples(study: Study) -> None:
     page = report(study, "")
     assert cells(page, "Costs of a run")["fast clocks"][0] == "12 s ± 0 s"
     assert cells(page, "Costs of a run")["fast clocks"][3] == "16 J ± 6.93 J"
+    assert cells(page, "Costs of a run")["fast clocks"][4:6] == ["8 s ± 0 s", "27.2 J ± 6.93 J"]
     assert cells(page, "Costs of a run")["again and again"][-1] == "5 MB"
     assert cells(page, "Costs of a run")["trained"][-1] == "-"
     assert cells(page, "The same as multiples")["fast clocks"][3] == "2.67 ± 1.15"
