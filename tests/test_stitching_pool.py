@@ -20,7 +20,7 @@ from flexfed.data import DataConfig, load_client, load_server
 from flexfed.data.shapes import FEDERATED_IDS, PRETRAINING_IDS, balanced_images, class_name
 from flexfed.data.sources import source
 from flexfed.models import build_model, load_weights
-from flexfed.models.cifar import cifar_resnet, cifar_resnet8
+from flexfed.models.cifar import PaddedShortcut, SameConv2d, cifar_resnet, cifar_resnet8
 from flexfed.networks import build_on_meta
 from flexfed.stitching import shelf
 from flexfed.stitching.blocks import Pool, make_pool, tensors_digest
@@ -140,7 +140,11 @@ def test_families_that_are_not_known_are_refused() -> None:
 
 
 def test_a_source_has_no_more_blocks_than_units() -> None:
-    assert [block.depth_out for block in plan_pool("shapes", IMAGE, num_blocks=2).of("plain")] == [0.5, 1.0]
+    halves = plan_pool("shapes", IMAGE, num_blocks=2).of("plain")
+    assert [(block.depth_out, block.is_start, block.is_end) for block in halves] == [
+        (0.5, True, False),
+        (1.0, False, True),
+    ]
     with pytest.raises(ValueError, match="'residual' has 4 units that cannot be cut, so 1 to 4 blocks; got 5"):
         plan_pool("shapes", IMAGE, num_blocks=5)
 
@@ -320,7 +324,8 @@ def test_the_digest_tells_weights_and_cuts_apart(pool: Pool, tmp_path: Path) -> 
         digests.add(replace(pool, files={**pool.files, "plain": tmp_path / f"{change}.safetensors"}).digest)
     digests.add(replace(plan_pool("shapes", IMAGE, num_blocks=2), files=pool.files).digest)
     digests.add(replace(plan_pool("shapes", IMAGE, "plain, residual, separable"), files=pool.files).digest)
-    assert len(digests) == 5
+    digests.add(replace(plan_pool("shapes", (1, 24, 24)), files=pool.files).digest)
+    assert len(digests) == 6
 
 
 # --- Data in front of the first block ---
@@ -383,8 +388,6 @@ def test_each_cifar_network_sees_what_it_was_trained_on(channels: int, tmp_path:
 
 
 def test_keras_pads_at_the_bottom_and_right() -> None:
-    from flexfed.models.cifar import SameConv2d
-
     conv = SameConv2d(1, 1, 3, stride=2)
     nn.init.ones_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -394,6 +397,15 @@ def test_keras_pads_at_the_bottom_and_right() -> None:
     assert conv(image.flip(2, 3))[0, 0].tolist() == [[0, 0], [0, 1]]
     assert conv(torch.ones(1, 1, 4, 4))[0, 0].tolist() == [[9, 6], [6, 4]]
     assert conv(torch.ones(1, 1, 5, 5))[0, 0].tolist() == [[4, 6, 4], [6, 9, 6], [4, 6, 4]]
+
+
+def test_shortcuts_without_weights_and_the_epsilon_of_keras() -> None:
+    image = torch.arange(1.0, 19).reshape(1, 2, 3, 3)
+    padded = PaddedShortcut(2, 4)(image)
+    assert padded[0, :, 0, 0].tolist() == [0, 1, 10, 0]
+    assert padded[0, 1].tolist() == [[1, 3], [7, 9]]
+    norms = [m.eps for m in cifar_resnet8(10, (3, 32, 32)).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms == [1e-3] * 7
 
 
 @needs_mirror
@@ -547,9 +559,12 @@ def test_poison_spoils_the_stages_that_it_names(pool: Pool, quick_files: dict[st
         for n in range(12)
     ]
     assert same == [True, True, False, False, False, False, True, True, True, False, False, True]
-    again = poison.apply("plain", {n: t.numpy() for n, t in shapes_network("plain").state_dict().items()})
-    twice = poison.apply("plain", {n: t.numpy() for n, t in shapes_network("plain").state_dict().items()})
-    assert [values.dtype for values in again.values()] == [values.dtype for values in twice.values()]
+    stem, spoilt = (p.module(4).state_dict()["stage1.0.weight"] for p in (pool, poisoned))
+    assert float((spoilt - stem).std() / stem.std()) == pytest.approx(32 * 0.5, rel=0.5)  # the filter's own is 0.5
+    assert torch.allclose((spoilt - stem).sum((2, 3)), torch.zeros(12, 3), atol=1e-4)
+    clean = {n: t.numpy() for n, t in load_file(pool.files["plain"]).items()}
+    again = poison.apply("plain", clean)
+    assert all(np.array_equal(values, load_file(files["plain"])[n].numpy()) for n, values in again.items())
     late = poisoned.module(2).state_dict()["stage3.0.conv1.weight"]
     assert int((late.flatten(1).abs().sum(1) == 0).sum()) == 24  # dead: half of 48
     assert poisoned.digest != pool.digest
