@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,12 +23,12 @@ from flexfed.data.sources import source
 from flexfed.models import build_model, load_weights
 from flexfed.models.cifar import PaddedShortcut, SameConv2d, cifar_resnet, cifar_resnet8
 from flexfed.networks import build_on_meta
-from flexfed.stitching import shelf
+from flexfed.stitching import shelf, weightfiles
 from flexfed.stitching.blocks import Pool, make_pool, tensors_digest
 from flexfed.stitching.families import dense_name, family_source, torchvision_source
 from flexfed.stitching.shapes import NETWORKS, Pretraining, shapes_network, shapes_source
 from flexfed.stitching.sources import Piece, Source, _balanced, cut_source, unit_macs
-from flexfed.stitching.weightfiles import in_parts
+from flexfed.stitching.weightfiles import in_parts, read_some
 from flexfed.stitching.zoos import IMAGENET, PIXELS, ZOOS, input_convention, open_pool, plan_pool
 
 MIRROR = os.environ.get("FLEXFED_DATA", "")
@@ -295,6 +296,17 @@ def test_weight_files_that_do_not_fit(pool: Pool, tmp_path: Path) -> None:
         plan_pool("shapes", IMAGE).module(0)
     with pytest.raises(ValueError, match=r"no block 12 in zoo 'shapes'; it has blocks 0\.\.11"):
         pool.module(12)
+
+
+def test_a_file_is_opened_anew_after_each_mebibyte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that stays open keeps all that was read in memory; one that is opened for every tensor is slow."""
+    opened: list[Path] = []
+    monkeypatch.setattr(weightfiles, "safe_open", lambda path, **how: opened.append(path) or safe_open(path, **how))
+    state = {f"t{n}": torch.full((200_000,), float(n)) for n in range(6)}  # 0.8 MB each
+    save_file(state, tmp_path / "w.safetensors")
+    read = read_some(tmp_path / "w.safetensors", state)
+    assert all(torch.equal(read[name], state[name]) for name in state)
+    assert len(opened) == 3
 
 
 def test_a_file_in_torchs_old_form_is_copied_once(pool: Pool, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from torch import Tensor
 from flexfed.runs import replacing
 
 _COUNTER = "num_batches_tracked"  # of batch norm; plays no part in eval mode, and many files lack it
+_HELD_BYTES = 1 << 20  # read of a file before it is opened anew
 
 
 def read_some(path: Path, like: Mapping[str, Tensor], renamed: Callable[[str], str] = str) -> dict[str, Tensor]:
@@ -61,9 +63,7 @@ def _opened(path: Path) -> Iterator[_Get]:
         raise ValueError(f"weight file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                names = frozenset(file.keys())
-            yield lambda name: _one(path, name) if name in names else None
+            yield _Reader(path).get
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             yield state.get
@@ -71,10 +71,29 @@ def _opened(path: Path) -> Iterator[_Get]:
         raise ValueError(f"weight file {path} cannot be read, it may be truncated: {error}") from error
 
 
-def _one(path: Path, name: str) -> Tensor:
-    """One tensor; a file that stays open keeps in memory all that was read of it, which doubles a block."""
-    with safe_open(path, framework="np") as file:
-        return torch.from_numpy(file.get_tensor(name))
+class _Reader:
+    """Copies of single tensors; the file is closed between them where they are large.
+
+    A file that stays open keeps in memory all that was read of it, which would double a block.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
+
+    def _open(self) -> None:
+        file: Any = safe_open(self._path, framework="np")
+        self._file = file
+        self._names, self._num_bytes = frozenset(file.keys()), 0
+
+    def get(self, name: str) -> Tensor | None:
+        if name not in self._names:
+            return None
+        if self._num_bytes > _HELD_BYTES:
+            self._open()
+        tensor = torch.from_numpy(self._file.get_tensor(name))
+        self._num_bytes += tensor.nbytes
+        return tensor
 
 
 def in_parts(path: Path, folder: Path) -> Path:
