@@ -31,7 +31,6 @@ from benchmarks.memory import allocated_peak, can_measure_growth, growth_of, job
 from benchmarks.speed import ONE_THREAD, machine
 from flexfed.cost import training_memory
 from flexfed.jobs import Task, make_update, train_network
-from flexfed.networks import Factory, build_on_meta, travelling
 from flexfed.stitching.blocks import Pool, make_pool
 from flexfed.stitching.families import torchvision_source
 from flexfed.stitching.network import build_stitched
@@ -50,7 +49,7 @@ from flexfed.stitching.scoring import ScoreRule, Scoring, score_blocks
 from flexfed.stitching.zoos import open_pool
 from flexfed.submodel import full
 from flexfed.training import Training
-from flexfed.units import Layout
+from flexfed.units import whole_layout
 
 NUM_CLASSES = 10
 NUM_IMAGES = 64  # of every phase: FedStitch's page has so many for scoring
@@ -100,7 +99,7 @@ class Case:
         """The stitched network, to be trained whole."""
         factory = partial(build_stitched, pool, self.ids, NUM_CLASSES)
         training = Training(local_epochs=1, batch_size=self.batch_size)
-        return Task(factory, uncut_layout(factory), self.input_shape, NUM_CLASSES, training, None)
+        return Task(factory, whole_layout(factory), self.input_shape, NUM_CLASSES, training, None)
 
 
 NETWORKS = (
@@ -114,12 +113,6 @@ NETWORKS = (
     Case("torchvision", "resnet18,mobilenet_v2", 64, (0, 5, 2, 7), "mixed path"),
 )
 CASES = tuple(replace(case, batch_size=size) for case in NETWORKS for size in (16, 32))
-
-
-def uncut_layout(factory: Factory) -> Layout:
-    """No units at all: the network is trained as a whole, so those that cannot be cut may come, too."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in travelling(build_on_meta(factory)).items()}
-    return Layout({}, {name: (None,) * len(shape) for name, shape in shapes.items()}, shapes)
 
 
 def weight_file(folder: str, source: str) -> File:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from benchmarks.memory import allocated_peak, profiled_peak
-from benchmarks.stitching_memory import Bytes, Case, draw_weights, report, saved, steps, uncut_layout
+from benchmarks.stitching_memory import Bytes, Case, draw_weights, report, saved, steps
 from flexfed.stitching.phases import modelled_peak_bytes
 from flexfed.submodel import full
+from flexfed.units import whole_layout
 
 # Blocks of 0.7, 2.1, 8.4 and 33.6 MB: more than half of the network is in the last one.
 RESNET = Case("torchvision", "resnet18", 32, (0, 1, 2, 3), "resnet18")
@@ -35,9 +36,9 @@ def test_stitching_takes_one_block_at_a_time_and_training_all(tmp_path: Path) ->
     assert profiled_peak(task, full(task.layout)) > 2.5 * peak
 
 
-def test_a_network_that_cannot_be_cut_has_a_layout_without_units() -> None:
-    layout = uncut_layout(lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)))
-    assert layout.num_units == 0
+def test_a_network_that_cannot_be_cut_has_a_layout_of_one_unit() -> None:
+    layout = whole_layout(lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)))
+    assert layout.num_units == 1
     assert dict(layout.shapes) == {"0.weight": (4, 3, 1, 1), "0.bias": (4,), "1.weight": (4,), "1.bias": (4,)}
 
 
