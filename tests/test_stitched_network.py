@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flexfed.models import build_model, check_model, load_weights, model_factory
+from flexfed.models import build_model, check_model, input_convention, load_weights, model_factory
 from flexfed.networks import travelling
 from flexfed.soundness import check_parts
 from flexfed.stitching import shelf, zoos
@@ -269,6 +269,12 @@ def test_a_name_builds_the_network() -> None:
 def test_names_are_read(name: str, zoo: str, sources: str, ids: tuple[int, ...]) -> None:
     assert parse_name(name) == (zoo, sources, ids)
     assert stitched_name(zoos.plan_pool(zoo, (3, 32, 32), sources), ids) == name
+
+
+def test_a_name_says_how_data_must_be_normalised() -> None:
+    assert input_convention("stitched:cifar:0-1", 3) == zoos.IMAGENET
+    assert input_convention("stitched:torchvision(resnet18):0", 1) == zoos.input_convention("torchvision", 1)
+    assert input_convention("stitched:shapes:0", 3) is input_convention("cifar-resnet20", 3) is None
 
 
 def test_networks_of_fewer_blocks_a_source_have_no_name() -> None:

@@ -39,6 +39,7 @@ def test_stitching_takes_one_block_at_a_time_and_training_all(tmp_path: Path) ->
 def test_a_network_that_cannot_be_cut_has_a_layout_of_one_unit() -> None:
     layout = whole_layout(lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)))
     assert layout.num_units == 1
+    assert layout.fixed == {"network"}  # which no method may cut off
     assert dict(layout.shapes) == {"0.weight": (4, 3, 1, 1), "0.bias": (4,), "1.weight": (4,), "1.bias": (4,)}
 
 

@@ -580,6 +580,19 @@ def test_poison_spoils_the_stages_that_it_names(pool: Pool, quick_files: dict[st
     late = poisoned.module(2).state_dict()["stage3.0.conv1.weight"]
     assert int((late.flatten(1).abs().sum(1) == 0).sum()) == 24  # dead: half of 48
     assert poisoned.digest != pool.digest
+    added = [  # to the two early stages of `plain`, in deviations of their first convolution
+        float((poisoned.module(4 + n).state_dict()[name] - before).std() / before.std())
+        for n, name in enumerate(("stage1.0.weight", "stage2.0.weight"))
+        for before in [pool.module(4 + n).state_dict()[name]]
+    ]
+    assert added[0] > 4 * added[1] > 4
+
+
+def test_another_poison_is_another_zoo(quick_files: dict[str, Path]) -> None:
+    home = quick_files["plain"].parent.parent
+    made = [shelf.poisoned_files(QUICK, poison, home) for poison in (shelf.Poison(), shelf.Poison(seed=2))]
+    assert made[0]["plain"].parent != made[1]["plain"].parent
+    assert digests(made[0])["separable"] != digests(made[1])["separable"]
 
 
 # --- The default zoo, which is trained here where nobody did before ---
