@@ -38,8 +38,8 @@ class Settings:
     """Knobs that every method shares.
 
     Attributes:
-        weights: start from a safetensors file, 'torchvision' for the pretrained weights in the local cache, or 'zoo' for the
-            blocks of a stitched network.
+        weights: start from a safetensors file, 'torchvision' for the pretrained weights in the local cache, or 'zoo'
+            for the blocks of a stitched network.
         fraction_train: share of the devices in a round's cohort.
         fraction_evaluate: share of the devices that test their level on their own samples (`test_per_label`).
         evaluate_every: rounds between evaluations; the last round is always evaluated.
