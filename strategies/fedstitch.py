@@ -25,7 +25,7 @@ from flexfed.questions import Answer
 from flexfed.stitching.blocks import Pool
 from flexfed.stitching.bridges import solve_bridge
 from flexfed.stitching.construction import RANDOM_PATH, Construction, fixed_path
-from flexfed.stitching.head import solve_head
+from flexfed.stitching.head import solve_head, valid_class_sums
 from flexfed.stitching.network import build_stitched, fill, stitched_arrays, stitched_name
 from flexfed.stitching.path import Path
 from flexfed.stitching.phases import (
@@ -205,17 +205,19 @@ class FedStitch(FederatedStrategy):
     def _score_phase(self, candidates: tuple[int, ...], ballots: dict[int, Ballot]) -> Phase:
         rule, size = self.config.score_rule, self.config.batch_size
 
-        def work(partition: int) -> Work:
+        def scoring(partition: int) -> Scoring:
             known = dict.fromkeys(self.clients.known_to(partition), 0.0)
-            scoring = Scoring(self.task, self.now.path, candidates, rule, known)
-            return scoring.work(min(self.config.score_images, self._examples(partition)), size)
+            return Scoring(self.task, self.now.path, candidates, rule, known)
+
+        def work(partition: int) -> Work:
+            return scoring(partition).work(min(self.config.score_images, self._examples(partition)), size)
 
         def receive(partition: int, answer: Answer) -> None:
             scores = answer.arrays.get("scores", np.zeros(0)).astype(np.float64)
             if wrong := valid_scores(scores, len(candidates)):
                 raise ValueError(wrong)
             ballots[partition] = Ballot(scores, self._examples(partition))
-            self.clients.scored(partition, candidates)
+            self.clients.scored(partition, scoring(partition).targets)
 
         asked: dict[str, Scalar] = {"candidates": list(candidates), "subset-seed": self.settings.seed}
         return self.clients.phase("train.score", self.now.path, receive, {p: work(p) for p in self.cohort}, asked)
@@ -251,7 +253,7 @@ class FedStitch(FederatedStrategy):
     def _head_phase(self) -> Phase:
         assert self._next is not None
         path, classes, size = self._next, self.server.info.num_classes, self.config.batch_size
-        self._total = Total(self._channels(path), classes, self._examples)
+        self._total = Total(self._channels(path), classes, self._examples, valid_class_sums)
         self._summing = self._able_now() if self.config.last_head == "all" and self._is_last(path) else self.cohort
 
         def work(partition: int) -> Work:

@@ -124,9 +124,6 @@ class RoundRecord:
             line["accuracy-worst-tenth"] = worst_tenth(tested)
         return {**line, **self._personal_line()}
 
-    def _training_seconds(self) -> float:
-        return sum(seconds for phase, seconds in self.seconds.items() if phase.startswith("train"))
-
     def _personal_line(self) -> dict[str, Any]:
         """Accuracy of the clients' own models: mean over clients, their worst tenth, and by capability."""
         tested = [(group, e.accuracy) for group, e in self.personal if e.num_samples]

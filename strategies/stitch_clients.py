@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +58,9 @@ class StitchClients:
         """The blocks of which a client remembers how well they tell its classes."""
         return self._known.get(partition, set()) if partition in self.phases.bases else set()
 
-    def scored(self, partition: int, candidates: tuple[int, ...]) -> None:
-        """A client has scored candidates, and remembers what it found."""
-        self._known[partition] = self.known_to(partition) | set(candidates)
+    def scored(self, partition: int, found: Iterable[int]) -> None:
+        """A client has found out how well blocks tell its classes, and remembers that."""
+        self._known[partition] = self.known_to(partition) | set(found)
 
     def phase(
         self,
@@ -94,15 +94,16 @@ class StitchClients:
             return Asked({**shared, "correction": self.corrections.get(partition, 1.0)}, {**new, **extra})
 
         def take(partition: int, answer: Answer) -> None:
-            late = bool(answer.metrics.get("deadline-missed"))
-            self.missed += late
-            if late and self._config.drop_late:
-                raise ValueError(f"it missed the deadline of {limit:.3g} modelled seconds")
             correction = answer.metrics.get("correction", 1.0)
             if not 1 / SLOWEST <= correction <= SLOWEST:
                 raise ValueError(
                     f"the correction of an answer must lie in [{1 / SLOWEST}, {SLOWEST}], got {correction}"
                 )
+            late = bool(answer.metrics.get("deadline-missed"))
+            self.missed += late
+            if late and self._config.drop_late:
+                self.corrections[partition] = correction  # or the next deadline would be as short
+                raise ValueError(f"it missed the deadline of {limit:.3g} modelled seconds")
             receive(partition, answer)
             self.corrections[partition] = correction
             if answer.metrics.get("kept-state"):
@@ -125,6 +126,9 @@ class StitchClients:
         return fastest_seconds(table, work.images, work.macs, correction, self._config.energy_config)
 
 
+Valid = Callable[[Sums, int, int], str | None]
+
+
 class Total:
     """Clients' sums, added up as they arrive.
 
@@ -132,10 +136,11 @@ class Total:
         channels_in: of the features.
         channels_out: of what they are mapped to.
         most: partition -> rows that it can have at most.
+        valid: why sums of so many channels cannot be used, if they cannot.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, most: Callable[[int], int]):
-        self._most = most
+    def __init__(self, channels_in: int, channels_out: int, most: Callable[[int], int], valid: Valid = valid_sums):
+        self._most, self._valid = most, valid
         self.sums, self._channels = no_rows(channels_in, channels_out), (channels_in, channels_out)
 
     def __bool__(self) -> bool:
@@ -150,7 +155,7 @@ class Total:
         nothing = np.zeros((0, 0))
         gram, cross = (answer.arrays.get(name, nothing) for name in ("gram", "cross"))
         told = Sums(gram, cross, int(answer.metrics.get("rows", -1)))
-        if wrong := valid_sums(told, *self._channels):
+        if wrong := self._valid(told, *self._channels):
             raise ValueError(wrong)
         if told.num_rows > (most := self._most(partition)):
             raise ValueError(f"sums of {told.num_rows} rows; of what it has told of, there are at most {most}")

@@ -22,6 +22,7 @@ from toy_zoo import NUM_BLOCKS, knobs, network, toy_zoos, write_zoo
 import server_app
 from flexfed.checkpoint import load_checkpoint
 from flexfed.data import DataConfig, load_server, normalisation, normalise
+from flexfed.flower.messages import from_array
 from flexfed.methods.fedstitch import pool_of
 from flexfed.stitching.saved import load_stitched, read_recipe
 from flexfed.training import evaluate
@@ -402,6 +403,27 @@ def test_other_rewards_and_scores_run(tmp_path: Path, zoo: Path) -> None:
     assert told(favor, "reward")[0] == pytest.approx(64 ** (accuracy - 0.5) - 1)
     ahead = stitch(tmp_path / "ahead", zoo, score="lookahead")
     assert told(ahead, "depth")[-1] == 1
+
+
+def test_the_finished_networks_head_may_follow_from_all_clients(tmp_path: Path, zoo: Path) -> None:
+    """The last one; those before it follow from their cohorts."""
+    sums: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def listen(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "train.head":
+            found = reply.content.array_records["arrays"]
+            sums[int(request.metadata.group_id), partition] = from_array(found["gram"]), from_array(found["cross"])
+        return reply
+
+    shared = {"fraction-train": 0.5}
+    run = stitch(tmp_path, zoo, listen, clients=6, path=MIXED, last_head="all", shared=shared)
+    asked = {number: sorted(p for r, p in sums if r == number) for number in range(1, 5)}
+    assert [asked[number] for number in (1, 2, 3)] == [line["cohort"] for line in lines(run)[:3]]
+    assert asked[4] == list(range(6))
+    assert len(lines(run)[3]["cohort"]) == 3
+    gram, cross = (sum(sums[4, partition][n] for partition in range(6)) for n in (0, 1))
+    theta = np.linalg.solve(gram + 0.01 * gram[-1, -1] * np.eye(len(gram)), cross)
+    np.testing.assert_allclose(final_model(run)["head.weight"], theta[:-1].T, rtol=1e-4, atol=1e-6)
 
 
 def test_data_are_normalised_as_the_server_does(plain: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load_file
+from test_actuators import clock as _clock
 from test_fedstitch import CLIENTS, MIXED, lines, listener, stitch, told
 from test_resume import Killed, go_on, same_run
 from toy import ScriptedGrid, as_message, failure, toy_config
@@ -23,6 +26,8 @@ from flexfed.checkpoint import load_checkpoint
 from flexfed.config import Experiment
 from flexfed.cost import memory_budget
 from flexfed.flower.messages import CHANGED
+from flexfed.stitching import actuators, phases
+from flexfed.stitching.clocks import WallClock
 from flexfed.stitching.phases import GROUP, Work, modelled_peak_bytes
 from flexfed.stitching.zoos import open_pool
 
@@ -235,6 +240,104 @@ def test_disturbed_devices_are_the_same_for_a_seed_and_remembered(tmp_path: Path
     assert found.state["corrections"] == {str(p): answered[2, p] for p in range(CLIENTS)}
     other = stitch(tmp_path / "other", zoo, shared=shared)
     assert [line["stitching"]["scores"] for line in lines(other)] == told(runs[0], "scores")
+
+
+def test_who_is_late_and_dropped_has_more_time_in_the_next_phase(tmp_path: Path, zoo: Path) -> None:
+    """So that devices slower than modelled do not miss every deadline."""
+    with patch("flexfed.methods.fedstitch_client.ModelledClock", lambda *_: _Slow()):
+        run = stitch(tmp_path, zoo, clients=1, drop_late=True, feedback=1.0)
+    assert told(run, "depth")[-1] == 1
+    assert told(run, "missed") == [1] + [0] * (len(lines(run)) - 1)
+
+
+class _Slow:
+    """A clock of a device that is half as fast as its model."""
+
+    def begin(self) -> None:
+        pass
+
+    def observe(self, planned_seconds: float) -> float:
+        return 2 * planned_seconds
+
+
+def test_deadlines_are_for_what_clients_do_not_know_yet(tmp_path: Path, zoo: Path) -> None:
+    """Behind a bridge nothing is found out of a block's native output, which a second episode may ask for."""
+    deadlines: list[tuple[str, float, float]] = []
+
+    def listen(request: Message, reply: Message, partition: int) -> Message:
+        kind = request.metadata.message_type
+        if kind.startswith("train."):
+            limit = float(request.content.config_records["config"]["method.deadline"])  # type: ignore[arg-type]
+            seconds = float(reply.content.metric_records["metrics"]["modelled-seconds"])  # type: ignore[arg-type]
+            deadlines.append((kind, limit, seconds))
+        return reply
+
+    own: dict[str, Any] = {"score": "lookahead", "episodes": 4, "block_temperature": 5.0, "reach": 0.0}
+    shared = {"num-server-rounds": 16, "fleet": "equal", "validation-fraction": 0.0}
+    run = stitch(tmp_path, zoo, listen, clients=1, energy="max", **own, shared=shared)
+    assert told(run, "episode")[-1] == 4
+    assert len({path[0] for path in told(run, "path")}) > 1
+    for kind, limit, seconds in deadlines:
+        assert seconds == pytest.approx(limit, rel=1e-9) or (seconds, limit) == (0, float("inf")), kind
+
+
+# --- real clocks and meters ---------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """A counter that rises by half a joule between two looks."""
+
+    def joules(self) -> float:
+        return 0.5
+
+
+def test_measured_joules_stand_beside_the_rounds_time_and_not_in_its_line(tmp_path: Path, zoo: Path) -> None:
+    batches: list[int] = []
+
+    def listen(request: Message, reply: Message, _: int) -> Message:
+        if "arrays" in reply.content and request.metadata.message_type != "query.profile":
+            batches.append(len(reply.content.array_records["arrays"]["levels"].data))
+        return reply
+
+    ticks = itertools.count()
+    with (
+        patch("flexfed.methods.fedstitch_client.Rapl", _Meter),
+        patch("flexfed.methods.fedstitch_client.WallClock", lambda: WallClock(lambda: float(next(ticks)))),
+    ):
+        run = stitch(tmp_path, zoo, listen, clock="measured", shared={"num-server-rounds": 1})
+    (timing,) = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    assert timing["client-joules"] == 0.5 * sum(batches) > 0
+    assert "client-joules" not in lines(run)[0]
+    assert lines(run)[0]["modelled-seconds"] > 3, "a second a batch, by this clock"
+
+
+def _caps(root: Path) -> list[int]:
+    return [int(path.read_text()) for path in sorted(root.glob("cpu*/cpufreq/scaling_max_freq"))]
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_clocks_are_set_while_a_phase_runs_and_put_back_even_if_it_breaks(
+    breaks: bool, tmp_path: Path, zoo: Path
+) -> None:
+    _clock(tmp_path / "cpu0/cpufreq", 600000, 2400000, "600000 1200000 2400000")
+    during: list[list[int]] = []
+
+    def predict(head: np.ndarray, features: Any) -> Any:
+        during.append(_caps(tmp_path))
+        if breaks:
+            raise RuntimeError("out of luck")
+        return actual(head, features)
+
+    actual = phases.predict
+    with (
+        patch.dict(actuators.ACTUATORS, {"cpufreq": lambda: actuators.Cpufreq(tmp_path)}),
+        patch("flexfed.stitching.phases.predict", predict),
+    ):
+        shared = {"fleet": "tiers", "num-server-rounds": 1}
+        run = stitch(tmp_path / "runs", zoo, actuator="cpufreq", deadline_slack=5.0, shared=shared)
+    assert any(found < [2400000] for found in during)
+    assert _caps(tmp_path) == [2400000]
+    assert len(lines(run)[0]["failed"]) == breaks * CLIENTS
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------

@@ -139,6 +139,16 @@ def twisted(gram: np.ndarray) -> np.ndarray:
     return gram
 
 
+def other_counts(change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Other numbers of rows of the classes."""
+
+    def alter(cross: np.ndarray) -> np.ndarray:
+        cross[-1] = change(cross[-1])
+        return cross
+
+    return one("cross", alter)
+
+
 FAULTS: dict[str, tuple[str, Change, str]] = {
     "score nan": (SCORE, one("scores", entry(np.nan)), r"scores of candidates \[0\] are not finite"),
     "score inf": (SCORE, one("scores", entry(np.inf)), r"scores of candidates \[0\] are not finite"),
@@ -167,6 +177,9 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "cross inf": (HEAD, one("cross", entry(np.inf)), "sums are not finite"),
     "cross shape": (HEAD, one("cross", lambda v: v[:, 1:]), "sums have shapes"),
     "cross beyond all": (HEAD, one("cross", entry(1e308)), "sums are not finite, or beyond 1e"),
+    "cross beyond its gram": (HEAD, one("cross", entry(1e50)), "sums are not those of any rows: features of a class"),
+    "more labels than rows": (HEAD, other_counts(lambda v: 2 * v), r"rows of the classes, which are not \d+ rows"),
+    "labels below 0": (HEAD, other_counts(lambda v: v + [-v[0] - 1, v[0] + 1, *[0] * 8]), "rows of the classes, which"),
     "rows below 0": (HEAD, told(rows=-1), "sums say -1 rows"),
     "rows missing": (HEAD, told(rows=0), "sums say 0 rows, but their last entry counts"),
     "more rows than images": (HEAD, many, "rows; of what it has told of, there are at most"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Memory:
 
 
 class Bench:
-    """What a phase works with: the blocks, the path so far, and whoever sets the frequencies."""
+    """What a phase works with: the blocks, the path so far, and whoever sets the frequencies until it is left."""
 
     def __init__(self, question: Question, config: FedStitchConfig):
         self.question, self.config = question, config
@@ -95,6 +96,14 @@ class Bench:
         self.path = Path(ids, {p: b for p, b in self.memory.bridges.items() if p < len(ids)})
         self._actuator = open_actuator(config.actuator)
         self.pacer = self._controller()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._actuator.close()
 
     def _controller(self) -> Controller:
         config, asked = self.config, self.question.config
@@ -124,7 +133,6 @@ class Bench:
 
     def answer(self, arrays: Arrays, macs: int, told: Mapping[str, float], keeps: Memory | None = None) -> Answer:
         """The answer, and what it cost."""
-        self._actuator.close()
         spent = self.pacer.spent()
         levels = np.array(spent.levels, dtype=np.uint8)
         state = self.memory.state() if keeps is None else keeps.state()
@@ -146,56 +154,56 @@ def costs(spent: Spent, macs: int) -> dict[str, float]:
 
 def score(question: Question, config: FedStitchConfig, data: ClientData) -> Answer:
     """Scores of the candidates, on a fixed balanced subset of the client's training samples."""
-    bench = Bench(question, config)
-    asked: Any = question.config
-    candidates = tuple(asked["candidates"])
-    rng = np.random.default_rng([int(asked["subset-seed"]), question.device.partition])
-    rows = balanced_subset(data.train.labels.numpy(), config.score_images, rng)
-    known = bench.memory.targets
-    scoring = Scoring(bench.pool, bench.path, candidates, config.score_rule, known)
-    found = score_blocks(
-        bench.pool,
-        bench.path,
-        candidates,
-        data.train.inputs[rows],
-        data.train.labels[rows],
-        question.num_classes,
-        config.score_rule,
-        question.seed,
-        known,
-        bench.pacer,
-        bench.batch_size(lambda size: scoring.work(len(rows), size)),
-    )
-    keeps = Memory(bench.memory.episode, bench.memory.bridges, found.targets)
-    return bench.answer({"scores": found.values}, found.macs, {"examples": len(data.train.labels)}, keeps)
+    with Bench(question, config) as bench:
+        asked: Any = question.config
+        candidates = tuple(asked["candidates"])
+        rng = np.random.default_rng([int(asked["subset-seed"]), question.device.partition])
+        rows = balanced_subset(data.train.labels.numpy(), config.score_images, rng)
+        known = bench.memory.targets
+        scoring = Scoring(bench.pool, bench.path, candidates, config.score_rule, known)
+        found = score_blocks(
+            bench.pool,
+            bench.path,
+            candidates,
+            data.train.inputs[rows],
+            data.train.labels[rows],
+            question.num_classes,
+            config.score_rule,
+            question.seed,
+            known,
+            bench.pacer,
+            bench.batch_size(lambda size: scoring.work(len(rows), size)),
+        )
+        keeps = Memory(bench.memory.episode, bench.memory.bridges, found.targets)
+        return bench.answer({"scores": found.values}, found.macs, {"examples": len(data.train.labels)}, keeps)
 
 
 def stitch(question: Question, config: FedStitchConfig, data: ClientData) -> Answer:
     """Sums for the bridge in front of the block that was chosen."""
-    bench = Bench(question, config)
-    block, inputs = int(cast(int, question.config["block"])), data.train.inputs
-    size = bench.batch_size(lambda size: plan_bridge(bench.pool, bench.path, block, len(inputs), size))
-    rng = np.random.default_rng([question.seed, 4])
-    found = bridge_sums(bench.pool, bench.path, block, inputs, config.bridge_rows, rng, bench.pacer, size)
-    return bench.answer(_sums(found.sums), found.macs, {"rows": found.sums.num_rows})
+    with Bench(question, config) as bench:
+        block, inputs = int(cast(int, question.config["block"])), data.train.inputs
+        size = bench.batch_size(lambda size: plan_bridge(bench.pool, bench.path, block, len(inputs), size))
+        rng = np.random.default_rng([question.seed, 4])
+        found = bridge_sums(bench.pool, bench.path, block, inputs, config.bridge_rows, rng, bench.pacer, size)
+        return bench.answer(_sums(found.sums), found.macs, {"rows": found.sums.num_rows})
 
 
 def head(question: Question, config: FedStitchConfig, data: ClientData) -> Answer:
     """Sums for the head behind the path."""
-    bench = Bench(question, config)
-    inputs, labels, classes = data.train.inputs, data.train.labels, question.num_classes
-    size = bench.batch_size(lambda size: plan_head(bench.pool, bench.path, classes, len(inputs), size))
-    found = head_sums(bench.pool, bench.path, inputs, labels, classes, bench.pacer, size)
-    return bench.answer(_sums(found.sums), found.macs, {"rows": found.sums.num_rows})
+    with Bench(question, config) as bench:
+        inputs, labels, classes = data.train.inputs, data.train.labels, question.num_classes
+        size = bench.batch_size(lambda size: plan_head(bench.pool, bench.path, classes, len(inputs), size))
+        found = head_sums(bench.pool, bench.path, inputs, labels, classes, bench.pacer, size)
+        return bench.answer(_sums(found.sums), found.macs, {"rows": found.sums.num_rows})
 
 
 def test(question: Question, config: FedStitchConfig, data: ClientData) -> Answer:
     """How many of the client's validation samples the path and its head get right."""
-    bench = Bench(question, config)
-    inputs, labels, classes = data.validation.inputs, data.validation.labels, question.num_classes
-    size = bench.batch_size(lambda size: plan_count(bench.pool, bench.path, classes, len(inputs), size))
-    found = count_correct(bench.pool, bench.path, question.arrays["head"], inputs, labels, bench.pacer, size)
-    return bench.answer({}, found.macs, {"correct": found.correct, "num-samples": found.num_images})
+    with Bench(question, config) as bench:
+        inputs, labels, classes = data.validation.inputs, data.validation.labels, question.num_classes
+        size = bench.batch_size(lambda size: plan_count(bench.pool, bench.path, classes, len(inputs), size))
+        found = count_correct(bench.pool, bench.path, question.arrays["head"], inputs, labels, bench.pacer, size)
+        return bench.answer({}, found.macs, {"correct": found.correct, "num-samples": found.num_images})
 
 
 def _sums(sums: Sums) -> Arrays:

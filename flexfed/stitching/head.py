@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexfed.stitching.bridges import Sums, affine, ridge, sums_of
+from flexfed.stitching.bridges import Sums, affine, ridge, sums_of, valid_sums
 from flexfed.stitching.path import apply_bridge
 
 
@@ -24,6 +24,19 @@ def class_sums(features: np.ndarray, labels: np.ndarray, num_classes: int) -> Su
         num_classes: of the task.
     """
     return sums_of(features, np.eye(num_classes)[labels])
+
+
+def valid_class_sums(sums: Sums, channels: int, num_classes: int) -> str | None:
+    """Why a client's sums cannot be those of labels; None = they can. So no client counts for more than its rows."""
+    if wrong := valid_sums(sums, channels, num_classes):
+        return wrong
+    counts = sums.cross[-1]
+    if (counts < 0).any() or not np.isclose(counts.sum(), sums.num_rows):
+        return f"sums count {counts.tolist()} rows of the classes, which are not {sums.num_rows} rows"
+    most = np.sqrt(np.outer(np.diag(sums.gram), counts))
+    if (np.abs(sums.cross) > most + 1e-6 * (1 + most)).any():
+        return "sums are not those of any rows: features of a class are larger than features are"
+    return None
 
 
 def solve_head(sums: Sums, strength: float) -> np.ndarray:
