@@ -24,6 +24,7 @@ from flexfed.checkpoint import load_checkpoint
 from flexfed.data import DataConfig, load_server, normalisation, normalise
 from flexfed.flower.messages import from_array
 from flexfed.methods.fedstitch import pool_of
+from flexfed.stitching.phases import balanced_subset
 from flexfed.stitching.saved import load_stitched, read_recipe
 from flexfed.training import evaluate
 
@@ -165,6 +166,20 @@ def test_law_8_the_same_seed_gives_the_same_bytes(tmp_path: Path, zoo: Path, pla
     assert same_run(stitch(tmp_path / "same", zoo), plain)
     other = stitch(tmp_path / "other", zoo, shared={"seed": 2})
     assert lines(other)[0]["stitching"]["scores"] != lines(plain)[0]["stitching"]["scores"]
+
+
+def test_clients_score_on_the_same_samples_in_every_round(tmp_path: Path, zoo: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def subset(*args: Any) -> np.ndarray:
+        seen.append(tuple(balanced_subset(*args).tolist()))
+        return np.array(seen[-1])
+
+    with patch("flexfed.methods.fedstitch_client.balanced_subset", subset):
+        run = stitch(tmp_path, zoo, shared={"num-server-rounds": 2})
+    assert len(lines(run)) == 2
+    assert seen[:CLIENTS] == seen[CLIENTS:]
+    assert len(set(seen)) == CLIENTS
 
 
 @pytest.mark.parametrize("batch", [1, 16, 1000])

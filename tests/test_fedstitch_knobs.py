@@ -328,14 +328,19 @@ def test_clocks_are_set_while_a_phase_runs_and_put_back_even_if_it_breaks(
             raise RuntimeError("out of luck")
         return actual(head, features)
 
-    actual = phases.predict
+    def make() -> actuators.Cpufreq:
+        made.append(actuators.Cpufreq(tmp_path))
+        return made[-1]
+
+    actual, made = phases.predict, list[actuators.Cpufreq]()
     with (
-        patch.dict(actuators.ACTUATORS, {"cpufreq": lambda: actuators.Cpufreq(tmp_path)}),
+        patch.dict(actuators.ACTUATORS, {"cpufreq": make}),
         patch("flexfed.stitching.phases.predict", predict),
     ):
         shared = {"fleet": "tiers", "num-server-rounds": 1}
         run = stitch(tmp_path / "runs", zoo, actuator="cpufreq", deadline_slack=5.0, shared=shared)
     assert any(found < [2400000] for found in during)
+    assert {ghz for actuator in made for level in actuator.applied for ghz in level} <= {0.6, 1.2, 2.4}
     assert _caps(tmp_path) == [2400000]
     assert len(lines(run)[0]["failed"]) == breaks * CLIENTS
 

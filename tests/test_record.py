@@ -40,6 +40,24 @@ def test_each_way_has_its_speed_and_the_slowest_device_ends_a_phase() -> None:
     assert (line["macs"], line["macs-evaluation"]) == (3000, 500)
 
 
+def test_answers_tell_their_own_time_and_energy_and_the_link_comes_on_top() -> None:
+    record = RoundRecord(1)
+    for kind, down in (("train.score", 400), ("train.head", 80), ("evaluate.stitched", 40)):
+        record.count_sent(kind, 1, down)
+    told = {"macs": 500.0, "modelled-seconds": 0.5, "modelled-joules": 7.0, "seconds": 0.25}
+    record.count_answer("train.score", ODD, told, 400, 100)  # 10 + 0.5 + 10 s
+    record.count_answer("train.head", ODD, {**told, "measured-joules": 4.0}, 80, 30)  # 2 + 0.5 + 3 s
+    record.count_answer("train.head", EVEN, told, 80, 20)  # 4 + 0.5 + 1 s
+    record.count_answer("evaluate.stitched", ODD, {**told, "measured-joules": 1.0}, 40, 10)  # 1 + 0.5 + 1 s
+    line = record.line()
+    assert line["modelled-seconds-training"] == pytest.approx(20.5 + 5.5)
+    assert line["modelled-seconds"] == pytest.approx(20.5 + 5.5 + 2.5)
+    assert line["joules"] == pytest.approx(4 * 7 + 2 * (20 + 5 + 2) + 5)
+    assert (line["bytes-down"], line["bytes-up"], line["bytes-evaluation"]) == (480, 150, 50)
+    assert (line["macs"], line["macs-evaluation"]) == (1500, 500)
+    assert record.measured == (0.75, 5.0)
+
+
 def test_what_came_before_round_1_counts_in_its_line_phase_by_phase() -> None:
     before = Preparation(bytes_down=880)
     before.count("explore", ODD, update(macs=2000), 400, 100)  # 22 s
