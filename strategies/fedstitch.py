@@ -170,6 +170,7 @@ class FedStitch(FederatedStrategy):
             return []
         if self._choose(grid, rng) and self._stitch(grid):
             self._phase = self._head_phase()
+            self.asked += len(set(self._summing) - set(self.cohort))
             return self.clients.phases.messages(self._phase, self._summing)
         self._over = True
         return []

@@ -72,15 +72,16 @@ class FedStitchConfig:
         idle_watts: while waiting for the deadline.
         deadline_share: q, of the cohort, whose fastest times set a phase's deadline.
         deadline_slack: added share.
-        drop_late: refuse answers later than the deadline.
+        drop_late: refuse answers later than the deadline; their work is in no total.
         feedback: a, weight of the last batch in a device's correction.
         overhead_s: T_0, seconds of a phase that no frequency shortens.
         cycles_per_image: of the CPU, to prepare an image.
         slowdown: spread of the time that batches take on simulated devices; 0 = as modelled.
-        clock: time batches by a model of the device ('modelled') or measure it ('measured': results then depend on
-            the clock, and RAPL counters are read where they are).
+        clock: time batches by a model of the device ('modelled') or measure it ('measured': what is called modelled
+            then follows the clock, and RAPL counters are read where they are; they tell of the whole machine).
         actuator: 'record' frequencies, or set them through Linux 'cpufreq' where its files are writable.
-        finetune: 'none', or the strategy that trains the stitched network afterwards, in a run of its own.
+        finetune: 'none', or the strategy that trains the whole stitched network afterwards, in a run of its own. The
+            page's two other kinds, training the head alone or with the bridges, are not here.
         finetune_rounds: of that run.
     """
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from flexfed.stitching.path import Bridge
 
-LARGEST = 1e100
-"""What a client's sums may hold: more than sums of squares of float32 ever do."""
+LARGEST = 1e20
+"""What a client's sums may hold: features of 1e8 in a thousand rows, and still nothing overflows that follows."""
 
 
 @dataclass(frozen=True, eq=False)
