@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "cross inf": (HEAD, one("cross", entry(np.inf)), "sums are not finite"),
     "cross shape": (HEAD, one("cross", lambda v: v[:, 1:]), "sums have shapes"),
     "cross beyond all": (HEAD, one("cross", entry(1e308)), "sums are not finite, or beyond 1e"),
-    "cross beyond its gram": (HEAD, one("cross", entry(1e50)), "sums are not those of any rows: features of a class"),
+    "cross beyond its gram": (HEAD, one("cross", entry(1e15)), "sums are not those of any rows: features of a class"),
     "more labels than rows": (HEAD, other_counts(lambda v: 2 * v), r"rows of the classes, which are not \d+ rows"),
     "labels below 0": (HEAD, other_counts(lambda v: v + [-v[0] - 1, v[0] + 1, *[0] * 8]), "rows of the classes, which"),
     "rows below 0": (HEAD, told(rows=-1), "sums say -1 rows"),
