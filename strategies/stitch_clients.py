@@ -22,10 +22,10 @@ from strategies.phases import Asked, Phase, Phases, Receive
 if TYPE_CHECKING:
     from strategies.fedstitch import FedStitch
 
-SLOWEST = 100.0
+SLOWEST = 1e4
 """How many times slower, or faster, than modelled a device can say that it is; more is not believed.
 
-With `deadline-share` 1 the slowest client sets everybody's deadline; a smaller share bounds what one can do.
+A CPU that declared the speed of a board with a GPU is a thousand times slower. With `deadline-share` 1 the slowest client sets everybody's deadline; a smaller share bounds what one can do.
 """
 
 PHASES = ("train.score", "train.stitch", "train.head", "evaluate.stitched")
