@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SLOWEST = 1e4
 """How many times slower, or faster, than modelled a device can say that it is; more is not believed.
 
-A CPU that declared the speed of a board with a GPU is a thousand times slower. With `deadline-share` 1 the slowest client sets everybody's deadline; a smaller share bounds what one can do.
+A CPU that declared the speed of a board with a GPU is a thousand times slower. With `deadline-share` 1 the slowest
+client sets everybody's deadline; a smaller share bounds what one can do.
 """
 
 PHASES = ("train.score", "train.stitch", "train.head", "evaluate.stitched")
