@@ -4,58 +4,41 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path as Folder
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from flexfed.checkpoint import Checkpoint
-from flexfed.config import Experiment
-from flexfed.cost import memory_budget
-from flexfed.data import DatasetInfo, ServerData
-from flexfed.devices import Device
-from flexfed.jobs import TEST_BATCH, Scalar
-from flexfed.methods.fedstitch import NO_FINETUNING, FedStitchConfig, pool_of
-from flexfed.networks import Convention
+from flexfed.jobs import Scalar
 from flexfed.questions import Answer
-from flexfed.stitching.blocks import Pool
 from flexfed.stitching.bridges import solve_bridge
-from flexfed.stitching.construction import RANDOM_PATH, Construction, fixed_path
+from flexfed.stitching.construction import RANDOM_PATH, Construction
 from flexfed.stitching.head import solve_head, valid_class_sums
-from flexfed.stitching.network import build_stitched, fill, stitched_arrays, stitched_name
 from flexfed.stitching.path import Path
 from flexfed.stitching.phases import (
-    GROUP,
     Work,
     bridge_view,
-    modelled_peak_bytes,
     plan_bridge,
     plan_count,
     plan_head,
 )
-from flexfed.stitching.saved import FORMAT, recipe_of
 from flexfed.stitching.scoring import Scoring
 from flexfed.stitching.search import Shrunk, shrink
-from flexfed.stitching.votes import Aggregator, Ballot, Decision, reward_of, valid_scores
-from flexfed.stitching.zoos import input_convention
-from flexfed.tensorfile import metadata_of
-from flexfed.training import evaluate
-from flexfed.units import Arrays
-from strategies.federated import FederatedStrategy, OnRound, RunOver
-from strategies.finetuning import refuse_uncut
+from flexfed.stitching.votes import Ballot, Decision, reward_of, valid_scores
+from strategies.federated import RunOver
 from strategies.phases import Phase
 from strategies.record import RoundRecord
-from strategies.stitch_clients import StitchClients, Total
+from strategies.stitch_clients import Total
+from strategies.stitch_run import StitchRun
 
 log = logging.getLogger("flwr")
 T = TypeVar("T")
 
 
-class FedStitch(FederatedStrategy):
+class FedStitch(StitchRun):
     """Clients score blocks of pre-trained networks and sum what bridges and a head follow from; nothing is trained.
 
     A round: the cohort scores the candidates (`train.score`); the server weighs the scores, chooses a block and
@@ -67,85 +50,6 @@ class FedStitch(FederatedStrategy):
     of the phase, and the correction that the client reported last; a deadline is for the work of one phase, without
     the link; a client's favourite block is read off its scores.
     """
-
-    task: Pool
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        task: Pool,
-        server: ServerData,
-        transform: Mapping[str, Scalar] | None = None,
-        on_round: OnRound | None = None,
-        resumed: Checkpoint | None = None,
-        folder: Folder | None = None,
-    ):
-        super().__init__(experiment, task, server, transform, on_round, resumed, folder)
-        self.config: FedStitchConfig = experiment.method
-        state = resumed.state if resumed else {}
-        self.aggregator = Aggregator(self.config.votes)
-        self.clients = StitchClients(self, state)
-        self.cohort: list[int] = []
-        self.now = self._fresh(1)
-        self.whole: Construction | None = None  # the last one that was finished
-        if resumed is not None:
-            self.aggregator.load_state_dict(state)
-            self.now = replace(self.now, **Construction.read(under(state, "now")))
-            if before := under(state, "whole"):
-                self.whole = replace(self.now, **Construction.read(before))
-        self._over = bool(resumed and resumed.facts["over"])
-
-    def _fresh(self, episode: int) -> Construction:
-        fixed = fixed_path(self.config.path, self.task)
-        return Construction.first(self.task, self.config.search, episode, self.server.info.num_classes, fixed)
-
-    @classmethod
-    def convention(cls, experiment: Experiment, channels: int) -> Convention | None:
-        """As the zoo's networks were trained."""
-        return input_convention(experiment.method.zoo, channels)
-
-    @classmethod
-    def set_up(cls, experiment: Experiment, info: DatasetInfo, stood: Checkpoint | None) -> tuple[Pool, Arrays]:
-        """The blocks; no global model stands before the first one."""
-        pool = pool_of(experiment.method, info.input_shape)
-        refuse_uncut(pool, info.num_classes, experiment.method.finetune)
-        return pool, {}
-
-    def begin(self, arrays: Arrays, grid: Grid) -> None:
-        """Leave out devices that could not run a single block.
-
-        Raises:
-            ValueError: none could; or the run that goes on had other blocks.
-        """
-        self._begun = True
-        if self._resumed is not None and self._resumed.facts["digest"] != self.task.digest:
-            raise ValueError(f"the run had other blocks: its zoo {self.config.zoo!r} has changed; start the run anew")
-        able = self._able()
-        if not able:
-            raise ValueError("no device can run every block; see memory-bytes of the fleet, and fedstitch.zoo")
-        if not self.now.path.ids and not self.now.candidates:
-            raise ValueError(
-                f"no block can come first: with fedstitch.max-blocks={self.config.max_blocks} it would have to begin "
-                "and to end a source; raise it"
-            )
-        left_out = sorted(self.federation.devices.keys() - able)
-        if left_out:
-            log.info("%s devices cannot run every block: partitions %s", len(left_out), left_out)
-
-    def _able(self) -> set[int]:
-        """Who can take part in some round."""
-        return {p for p, device in self.federation.devices.items() if any(map(self.can_stitch, device.states()))}
-
-    def can_stitch(self, device: Device) -> bool:
-        """Whether every block fits into a device's memory, for the smallest batch, and it has samples."""
-        every = Work(1, GROUP, 0, tuple(block.id for block in self.task.blocks), 0)
-        need = memory_budget(modelled_peak_bytes(self.task, every, GROUP))
-        return need <= device.memory_bytes and device.num_examples > 0
-
-    def summary(self) -> None:
-        """Log what is about to run."""
-        sources = ", ".join(self.task.sources)
-        log.info("fedstitch on zoo %s: %s blocks of %s", self.config.zoo, len(self.task.blocks), sources)
 
     # Phases A and B: score, choose, stitch ------------------------------------------------------------------------
 
@@ -343,11 +247,6 @@ class FedStitch(FederatedStrategy):
             raise RunOver
         return None
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the network of the last episode is whole, or nothing could be added to it."""
-        return self._over or self.now.is_over
-
     def _learn(self) -> None:
         """From the reward of the block; nothing, told in the log, where no client has validation samples."""
         accuracy = self._correct / self._tested if self._tested else self.now.accuracy
@@ -380,77 +279,6 @@ class FedStitch(FederatedStrategy):
     def _channels(self, path: Path) -> int:
         return self.task.blocks[path.ids[-1]].shape_out[0]
 
-    # What it leaves ---------------------------------------------------------------------------------------------
-
-    @property
-    def result(self) -> Construction:
-        """The last whole network; where none is whole yet, as far as it came."""
-        return self._left_by(self.now)
-
-    def _left_by(self, now: Construction) -> Construction:
-        """What the run leaves, and reports, if it ends with that."""
-        return now if self.whole is None or now.is_over else self.whole
-
-    @property
-    def network_name(self) -> str:
-        """What the result is called where a run asks for a network by name."""
-        return stitched_name(self.task, self.result.path.ids)
-
-    def _network(self, at: Construction) -> Arrays:
-        if at.head is None:
-            raise RuntimeError("no round brought a block, so there is no network; see the log")
-        return stitched_arrays(self.task, at.path, at.head)
-
-    def _measured(self, at: Construction) -> dict[str, float]:
-        """Accuracy of the whole network on the server's test samples."""
-        model = fill(build_stitched(self.task, at.path.ids, self.server.info.num_classes), self._network(at))
-        result = evaluate(model.eval(), self.server.test, TEST_BATCH)
-        names = ("accuracy", "accuracy-levels", "accuracy-stitched")
-        return {**dict.fromkeys(names, result.accuracy), "loss": result.loss_sum / result.num_samples}
-
-    def final_model(self) -> Arrays:
-        """Blocks, bridges and head."""
-        return self._network(self.result)
-
-    def model_metadata(self, model: Arrays) -> Mapping[str, str]:
-        """The recipe, with which `flexfed.stitching.saved.load_stitched` builds the network again."""
-        mean, std = (tuple(cast(list[float], self.transform[key])) for key in ("input-mean", "input-std"))
-        recipe = recipe_of(self.task, self.result.path.ids, self.server.info.label_names, (mean, std))
-        return metadata_of(FORMAT, recipe.to_json(), model)
-
-    def summary_facts(self) -> dict[str, Any]:
-        """What stands in summary.json beside what the rounds say."""
-        blocks = [self.task.blocks[block] for block in self.result.path.ids]
-        return {
-            **super().summary_facts(),
-            "model": self.network_name,
-            "clients-testing": len(self._able()),
-            "parameters": sum(array.size for name, array in self.final_model().items() if "running_" not in name),
-            "headline-levels": ["stitched"],
-            "path": [f"{block.source}.{block.index}" for block in blocks],
-            "pool-bytes": sum(block.param_bytes for block in self.task.blocks),
-        }
-
-    def next_run(self, folder: Folder) -> Mapping[str, Any]:
-        """Fine-tuning of the whole network."""
-        if self.config.finetune == NO_FINETUNING:
-            return {}
-        return {
-            "strategy": self.config.finetune,
-            "model": self.network_name,
-            "weights": str(folder / "model.safetensors"),
-            "num-server-rounds": self.config.finetune_rounds,
-        }
-
-    def checkpoint(self) -> Checkpoint:
-        """All that is needed to go on after the last finished round."""
-        built = {f"now/{key}": value for key, value in self.now.to_state().items()}
-        if self.whole is not None:
-            built |= {f"whole/{key}": value for key, value in self.whole.to_state().items()}
-        state = {**built, **self.aggregator.state_dict(), **self.clients.state_dict()}
-        facts = {**self.run_facts(), "digest": self.task.digest, "over": self.is_over}
-        return Checkpoint(self.record.server_round, {}, state=state, facts=facts)
-
 
 def facts_of(decision: Decision, left: Shrunk) -> dict[str, Any]:
     """What a choice was, for the record of the round."""
@@ -472,8 +300,3 @@ def solved(solve: Callable[[], T]) -> T | None:
     except (ValueError, FloatingPointError) as error:  # numpy's LinAlgError is a ValueError
         log.warning("the clients' sums cannot be solved: %s", error)
         return None
-
-
-def under(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The part of a state whose keys begin with a name, without it."""
-    return {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}

@@ -20,7 +20,7 @@ from flexfed.units import Arrays
 from strategies.phases import Asked, Phase, Phases, Receive
 
 if TYPE_CHECKING:
-    from strategies.fedstitch import FedStitch
+    from strategies.stitch_run import StitchRun
 
 SLOWEST = 1e4
 """How many times slower, or faster, than modelled a device can say that it is; more is not believed.
@@ -40,7 +40,7 @@ class StitchClients:
         state: of `state_dict`; empty = nobody was asked yet.
     """
 
-    def __init__(self, strategy: FedStitch, state: Mapping[str, Any]):
+    def __init__(self, strategy: StitchRun, state: Mapping[str, Any]):
         self._strategy = strategy
         self._config: FedStitchConfig = strategy.config
         self.phases = Phases(strategy, state.get("bases"))

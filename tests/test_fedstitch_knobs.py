@@ -444,7 +444,7 @@ def test_a_network_that_cannot_be_traced_is_fine_tuned_whole(tmp_path: Path) -> 
     assert lines(last)[-1]["trained"] == {"full": CLIENTS}
     own = {"path": MIXED, "finetune": "flexfl", "finetune_rounds": 1, "shared": padded}
     with (
-        patch("strategies.fedstitch.refuse_uncut"),
+        patch("strategies.stitch_run.refuse_uncut"),
         pytest.raises(ValueError, match=r"the run in .*fedstitch.* is finished and stays, .* cannot be cut.*fedavg"),
     ):
         stitch(tmp_path / "late", zoo, **own)
