@@ -16,6 +16,7 @@ from flwr.app import Message
 from torch import Tensor, nn
 from torch.nn import functional
 from toy import (
+    AVERAGING,
     DIGITS,
     QUICK,
     as_message,
@@ -50,7 +51,7 @@ from flexfed.units import Arrays, Layout
 from strategies import STRATEGIES
 from strategies.record import RoundRecord
 
-METHODS = tuple(sorted(STRATEGIES))
+METHODS = tuple(AVERAGING)
 SMALL: dict[str, Any] = {
     "partition": "shards",
     "shard-size": 20,
