@@ -146,7 +146,7 @@ def _drive(strategy: FederatedStrategy, grid: Grid, initial: Arrays, diary: Diar
             strategy.start(streaming, to_record_of_arrays(initial), num_rounds, settings.round_timeout)
 
 
-def _normalised(raw: ServerData, convention: Convention | None) -> tuple[ServerData, dict[str, Any]]:
+def _normalised(raw: ServerData, convention: Convention | None = None) -> tuple[ServerData, dict[str, Any]]:
     """The server's data, normalised, and what clients need to do the same.
 
     By a network's own convention where it has one, else by the proxy split's mean and deviation.
