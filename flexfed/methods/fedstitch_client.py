@@ -135,9 +135,9 @@ class Bench:
         """The answer, and what it cost."""
         spent = self.pacer.spent()
         levels = np.array(spent.levels, dtype=np.uint8)
-        state = self.memory.state() if keeps is None else keeps.state()
-        new = keeps is not None or bool(self.question.arrays.keys() - {"head"})
-        return Answer({**told, **costs(spent, macs)}, {**arrays, "levels": levels}, state if new else {})
+        is_new = keeps is not None or bool(self.question.arrays.keys() - {"head"})  # bridges came
+        state = (keeps or self.memory).state() if is_new else {}
+        return Answer({**told, **costs(spent, macs)}, {**arrays, "levels": levels}, state)
 
 
 def costs(spent: Spent, macs: int) -> dict[str, float]:
