@@ -21,7 +21,7 @@ from flexfed.config import Experiment
 from flexfed.data import ServerData, check_partition, load_server, normalisation, normalise
 from flexfed.devices import load_fleet
 from flexfed.diary import Diary
-from flexfed.flower.grid import InProcessGrid, StreamingGrid
+from flexfed.flower.grid import InProcessGrid, stream
 from flexfed.flower.messages import CHANGED, to_record_of_arrays
 from flexfed.networks import Convention
 from flexfed.report import final_table
@@ -124,7 +124,12 @@ def run_one(
     finally:
         diary.close()
     if strategy.asked and not strategy.accepted:
-        raise RuntimeError(f"no valid reply in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
+        need = (
+            "no valid reply"
+            if settings.min_replies == 1
+            else f"never {settings.min_replies} valid replies (min-replies)"
+        )
+        raise RuntimeError(f"{need} in any of {settings.num_server_rounds} rounds; {diary.last_complaint}")
     model = strategy.final_model()
     diary.folder.finish(model, strategy.summary_facts(), strategy.model_metadata(model))
     _show(diary.folder)
@@ -134,8 +139,7 @@ def run_one(
 def _drive(strategy: FederatedStrategy, grid: Grid, initial: Arrays, diary: Diary) -> None:
     """Run rounds until there are none left, or the strategy says that it is over."""
     settings = strategy.settings
-    in_order = settings.reply_order == "cohort"
-    streaming = StreamingGrid(grid, in_order, settings.replies_in_flight, 0.02 if in_order else 0.25)
+    streaming = stream(grid, settings.reply_order, settings.replies_in_flight)
     strategy.meet(streaming)
     diary.begin(strategy.federation.num_partitions)
     strategy.begin(initial, streaming)

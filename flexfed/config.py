@@ -27,7 +27,7 @@ T = TypeVar("T")
 log = logging.getLogger("flwr")
 
 BATCH_NORM = ("static", "batch")
-REPLY_ORDER = ("cohort", "arrival")
+REPLY_ORDER = ("auto", "cohort", "arrival")
 BANDIT_PREFIX = "bandit."
 RATIO_POLICIES = ("own", "level", "budget", *BANDITS)
 PERSONAL = ("own", "none", "stored-local", "global-masked")
@@ -54,9 +54,14 @@ class Settings:
         codec: how parts travel, both ways: 'float32', or as integers of 8 or 4 bits (`flexfed.codecs`). Replies are
             rounded at random, so that their mean is unbiased.
         batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
-        reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival' (real fleets).
-        replies_in_flight: messages sent and not yet folded, at most.
-        round_timeout: seconds after which a round closes without the replies that are missing.
+        reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival'; 'auto' = in cohort order
+            where devices are simulated, on arrival where they are real.
+        replies_in_flight: messages sent and not yet folded, at most; 0 = 64, and on real devices no limit on arrival.
+        round_timeout: seconds after which an exchange closes without the replies that are missing. Where devices are
+            simulated, and take turns, seconds without any reply. A device that missed it is not asked again before it
+            has replied, or is known to be lost.
+        min_replies: a round (of FedStitch: a phase) with fewer valid replies leaves the model as it was. Before a round
+            the server waits, up to `round_timeout`, until so many devices are there; a cohort has at least so many.
         stop_at_accuracy: the run ends after the first round whose `accuracy` is this or more; 0 = never.
         runs_dir: where run folders go; absolute or beginning with '~'.
         state_dir: where clients keep private state; '' = in the run folder. A node-config's own wins.
@@ -78,9 +83,10 @@ class Settings:
     round_deadline: float = 0.0
     codec: str = PLAIN
     batch_norm: str = "static"
-    reply_order: str = "cohort"
-    replies_in_flight: int = 64
+    reply_order: str = "auto"
+    replies_in_flight: int = 0
     round_timeout: float = 3600.0
+    min_replies: int = 1
     stop_at_accuracy: float = 0.0
     seed: int = 1
     runs_dir: str = "~/.flexfed/runs"
@@ -99,9 +105,11 @@ class Settings:
             raise ValueError(f"fraction-train must be in (0, 1], got {self.fraction_train}")
         if not 0 <= self.fraction_evaluate <= 1:
             raise ValueError(f"fraction-evaluate must be in [0, 1], got {self.fraction_evaluate}")
-        for key in ("num_server_rounds", "evaluate_every", "replies_in_flight", "torch_threads"):
+        for key in ("num_server_rounds", "evaluate_every", "min_replies", "torch_threads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key.replace('_', '-')} must be at least 1, got {getattr(self, key)}")
+        if self.replies_in_flight < 0:
+            raise ValueError(f"replies-in-flight must be >= 0, 0 = as it suits, got {self.replies_in_flight}")
         if not (math.isfinite(self.round_timeout) and self.round_timeout > 0):
             raise ValueError(f"round-timeout must be > 0 seconds, got {self.round_timeout}")
         if not 0 <= self.seed < 2**32:

@@ -225,13 +225,18 @@ class SubmodelStrategy(MethodStrategy):
                 except ValueError as cause:
                     self.note(self.record.refused, partition, str(cause))
             del reply
-        if not averager.num_replies:
-            why = "no valid reply" if self.record.dispatched else "no device qualifies"
-            log.warning("round %s: %s; the model stays as it was", server_round, why)
+        if averager.num_replies < self.settings.min_replies:
+            self.record.is_void = bool(averager.num_replies)
+            log.warning("round %s: %s; the model stays as it was", server_round, self._why_void(averager.num_replies))
             return None, None
         self.accepted += averager.num_replies
         self._arrays = self.finish(self._arrays, averager.result())
         return to_record_of_arrays(self._arrays), None
+
+    def _why_void(self, num_replies: int) -> str:
+        if num_replies:
+            return f"{num_replies} valid replies, and min-replies={self.settings.min_replies}"
+        return "no valid reply" if self.record.dispatched else "no device qualifies"
 
     def _fold(self, averager: Averager, server_round: int, partition: int, reply: Message) -> None:
         assignment = self._assigned.get(partition)

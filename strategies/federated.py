@@ -54,7 +54,7 @@ class FederatedStrategy(Strategy):
     Attributes:
         settings: the knobs that all methods share.
         federation: who is out there; its devices are nominal.
-        devices: as they are in this round.
+        devices: those that are there in this round, as they are in it.
         record: of this round.
         asked: jobs of the whole run; `accepted` are valid replies.
     """
@@ -112,9 +112,12 @@ class FederatedStrategy(Strategy):
         """Get to know the devices.
 
         Raises:
-            ValueError: the run that goes on had other clients or other data when it was left.
+            ValueError: the run that goes on had other clients or other data when it was left; or there are fewer
+                clients than a round needs.
         """
         self.federation.meet(grid, self.settings.round_timeout)
+        if (there := self.federation.num_partitions) < self.settings.min_replies:
+            raise ValueError(f"min-replies={self.settings.min_replies}, but there are only {there} clients; lower it")
         if self._resumed is not None:
             refuse_other_data(self._resumed.facts, self.run_facts())
 
@@ -125,13 +128,16 @@ class FederatedStrategy(Strategy):
     # The rounds -----------------------------------------------------------------------------------------------
 
     def open_round(self, server_round: int) -> np.random.Generator:
-        """The devices as they are in a round; its generator of random numbers."""
-        self.devices = {p: d.in_round(server_round, self.settings.seed) for p, d in self.federation.devices.items()}
+        """The devices that are there in a round, as they are in it; its generator of random numbers."""
+        federation, settings = self.federation, self.settings
+        federation.look_around(settings.min_replies, settings.round_timeout)
+        there = ((p, d) for p, d in federation.devices.items() if p in federation.present)
+        self.devices = {partition: device.in_round(server_round, settings.seed) for partition, device in there}
         return np.random.default_rng([self.settings.seed, server_round])
 
     def cohort_size(self, num_devices: int) -> int:
-        """Devices a round: the fraction rounded down, at least one."""
-        return max(1, int(self.settings.fraction_train * num_devices + 1e-9))
+        """Devices a round: the fraction rounded down, and at least as many as have to reply."""
+        return max(self.settings.min_replies, int(self.settings.fraction_train * num_devices + 1e-9))
 
     def seed_of(self, server_round: int, partition: int) -> int:
         """The seed of one client and round."""

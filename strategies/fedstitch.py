@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -91,7 +91,7 @@ class FedStitch(StitchRun):
         ballots: dict[int, Ballot] = {}
         if len(candidates) > 1:
             self._carry_out(grid, lambda: self._score_phase(candidates, ballots), ballots)
-        if not candidates or (len(candidates) > 1 and not ballots):
+        if not candidates or (len(candidates) > 1 and not self._enough(ballots)):
             log.warning("round %s: no scores; the network stays as it is", self.record.server_round)
             return False
         explores = self.now.episode < self.config.episodes
@@ -142,11 +142,12 @@ class FedStitch(StitchRun):
             return plan_bridge(self.task, path, block, self._examples(partition), size)
 
         def make() -> Phase:
+            total.clear()
             works = {p: work(p) for p in self.cohort}
             return self.clients.phase("train.stitch", path, total.receive, works, {"block": block})
 
         self._carry_out(grid, make, total)
-        bridge = solved(lambda: solve_bridge(total.sums, self.config.bridge_ridge)) if total else None
+        bridge = solved(lambda: solve_bridge(total.sums, self.config.bridge_ridge)) if self._enough(total) else None
         if bridge is None:
             log.warning("round %s: nobody stitched; the network stays as it is", self.record.server_round)
             return False
@@ -180,10 +181,12 @@ class FedStitch(StitchRun):
         phases = self.clients.phases
         phases.take(self._phase, replies)
         phases.ask_again(self._grid, self._phase)
-        if not self._total:
+        if not self._enough(self._total):
             self._phase = self._head_phase()
             phases.carry_out(self._grid, self._phase, self._summing)
-        head = solved(lambda: solve_head(self._total.sums, self.config.head_ridge)) if self._total else None
+        head = (
+            solved(lambda: solve_head(self._total.sums, self.config.head_ridge)) if self._enough(self._total) else None
+        )
         if head is None:
             log.warning("round %s: no head; the network stays as it is", self.record.server_round)
             self._next, self._over = None, True
@@ -262,10 +265,14 @@ class FedStitch(StitchRun):
 
     # What the phases share --------------------------------------------------------------------------------------
 
-    def _carry_out(self, grid: Grid, make: Callable[[], Phase], found: Any) -> None:
-        """A phase, and once more where nobody gave a valid answer."""
+    def _enough(self, found: Sized) -> bool:
+        """Whether as many have answered as a phase needs."""
+        return len(found) >= self.settings.min_replies
+
+    def _carry_out(self, grid: Grid, make: Callable[[], Phase], found: Sized) -> None:
+        """A phase, and once more where too few gave a valid answer."""
         for _ in range(2):
-            if not found:
+            if not self._enough(found):
                 self.clients.phases.carry_out(grid, make(), self.cohort)
 
     def _examples(self, partition: int) -> int:

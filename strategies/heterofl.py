@@ -68,17 +68,13 @@ class HeteroFL(WidthStrategy):
             narrow = (i for i, ratio in enumerate(method.ratios) if ratio <= device.width + 1e-9)
             return max(capacity_level(device.capacity, self._sizes), next(narrow, len(method.ratios) - 1))
         if method.assign == "dynamic" and self._dynamic is not None:
-            return int(self._dynamic[self._ranks[device.partition]])
-        return int(self._fixed[self._ranks[device.partition]])
-
-    @cached_property
-    def _ranks(self) -> dict[int, int]:
-        return {partition: rank for rank, partition in enumerate(sorted(self.federation.devices))}
+            return int(self._dynamic[device.partition])
+        return int(self._fixed[device.partition])
 
     @cached_property
     def _fixed(self) -> np.ndarray:
         method = self.task.method
-        return fixed_levels(len(self.federation.devices), parse_shares(method.shares, len(method.ratios)))
+        return fixed_levels(self.federation.num_partitions, parse_shares(method.shares, len(method.ratios)))
 
     def state_dict(self) -> State:
         """The levels drawn last, and what the policy has learned."""
@@ -95,7 +91,8 @@ class HeteroFL(WidthStrategy):
         """A uniform cohort; with `assign = "dynamic"` every client draws its level anew."""
         method = self.task.method
         if method.assign == "dynamic":
-            self._dynamic = dynamic_levels(len(devices), parse_shares(method.shares, len(method.ratios)), rng)
+            drawn_from = parse_shares(method.shares, len(method.ratios))
+            self._dynamic = dynamic_levels(self.federation.num_partitions, drawn_from, rng)  # whoever is here
         return super().assign(server_round, devices, rng)
 
     def own_part(self, device: Device, server_round: int) -> Assignment:

@@ -40,6 +40,7 @@ class RoundRecord:
     quality: dict[str, float] = field(default_factory=dict)
     clients: list[Evaluation] = field(default_factory=list)
     personal: list[tuple[str, Evaluation]] = field(default_factory=list)  # (capability, test of a client's own model)
+    is_void: bool = False  # replies came, but fewer than `min-replies`: the model stayed as it was
 
     def count(self, device: Device, level: str, update: Update, bytes_up: int) -> None:
         """Add an accepted reply: a synchronous round lasts as long as its slowest device."""
@@ -114,6 +115,7 @@ class RoundRecord:
             "refused": self.refused,
             "failed": self.failed,
             **self.quality,
+            **({"void": True} if self.is_void else {}),
         }
         if self.losses:
             total = sum(weight for weight, _ in self.losses)

@@ -144,11 +144,16 @@ class Total:
     """
 
     def __init__(self, channels_in: int, channels_out: int, most: Callable[[int], int], valid: Valid = valid_sums):
-        self._most, self._valid = most, valid
-        self.sums, self._channels = no_rows(channels_in, channels_out), (channels_in, channels_out)
+        self._most, self._valid, self._channels = most, valid, (channels_in, channels_out)
+        self.clear()
 
-    def __bool__(self) -> bool:
-        return self.sums.num_rows > 0
+    def clear(self) -> None:
+        """Begin anew."""
+        self.sums, self._answers = no_rows(*self._channels), 0
+
+    def __len__(self) -> int:
+        """Answers that held something."""
+        return self._answers
 
     def receive(self, partition: int, answer: Answer) -> None:
         """Add a client's.
@@ -164,3 +169,4 @@ class Total:
         if told.num_rows > (most := self._most(partition)):
             raise ValueError(f"sums of {told.num_rows} rows; of what it has told of, there are at most {most}")
         self.sums += told
+        self._answers += bool(told.num_rows)

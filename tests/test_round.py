@@ -552,7 +552,7 @@ def test_a_part_is_cut_once_for_all_that_get_it(strategy: str, tmp_path: Path) -
 @pytest.mark.parametrize("strategy", ["heterofl", "flexfl"])
 def test_a_plain_grid_gives_the_same_numbers(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = run_toy(tmp_path, strategy)
-    monkeypatch.setattr(server_app, "StreamingGrid", lambda grid, *_: grid)
+    monkeypatch.setattr(server_app, "stream", lambda grid, *_: grid)
     config = toy_config(tmp_path, strategy)
     plain = server_app.run(InProcessGrid(client_app.app, 4, config), config, "plain000")
     assert (plain / "metrics.jsonl").read_bytes() == (streamed / "metrics.jsonl").read_bytes()

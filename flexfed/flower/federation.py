@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -12,19 +13,30 @@ from flexfed.devices import Device
 from flexfed.flower.messages import cause_of, code_fingerprint, read_profile
 
 log = logging.getLogger("flwr")
-_WAIT_S = 60.0  # for nodes that have not connected yet
+_WAIT_S = 60.0  # for nodes that have not connected yet, and for their profiles
 _POLL_S = 0.02
+_RAISED = 2  # Flower's code of an error that the ClientApp raised
 
 
 class Federation:
-    """Knows every client by its partition: node ids are random and differ from run to run."""
+    """Knows every client by its partition: node ids are random and differ from run to run.
+
+    Attributes:
+        devices: of all that ever told their profile, by partition; another object whenever somebody new comes.
+        nodes: partition -> node id.
+        present: the partitions that are connected and free to work.
+        num_partitions: that the clients speak of, here or not.
+    """
 
     def __init__(self) -> None:
-        self.devices: dict[int, Device] = {}
-        self.nodes: dict[int, int] = {}  # partition -> node id
-        self.num_partitions = 0  # that the clients speak of, here or not
+        self.devices: Mapping[int, Device] = {}
+        self.nodes: dict[int, int] = {}
+        self.present: frozenset[int] = frozenset()
+        self.num_partitions = 0
         self._partitions: dict[int, int] = {}  # node id -> partition
+        self._settled: set[int] = set()  # connected nodes that need not be asked who they are
         self._grid: Grid | None = None
+        self._reasons: list[str] = []  # why nodes did not become clients
 
     def meet(self, grid: Grid, timeout: float) -> None:
         """Ask every node who it is; waits until as many answer as the first one says there are.
@@ -34,53 +46,95 @@ class Federation:
         """
         self._grid = grid
         asked: set[int] = set()
-        expected = 1
-        reasons: list[str] = []
         end = time.monotonic() + min(timeout, _WAIT_S)
-        while len(self.devices) < expected and time.monotonic() < end:
-            new = sorted(set(grid.get_node_ids()) - asked)
-            if not new:
-                if asked and len(asked) >= expected:
-                    break
+        while len(self.devices) < max(1, self.num_partitions) and time.monotonic() < end:
+            connected = set(grid.get_node_ids())
+            if new := sorted(connected - asked):
+                asked.update(new)
+                self._ask(new, connected, timeout)
+            elif asked and len(asked) >= max(1, self.num_partitions):
+                break
+            else:
                 time.sleep(_POLL_S)
-                continue
-            asked.update(new)
-            for reply in grid.send_and_receive(self._questions(new), timeout=timeout):
-                expected = max(expected, self._learn(reply, reasons))
         if not self.devices:
-            raise RuntimeError(f"no client answered the profile query: {reasons[0] if reasons else 'none connected'}")
-        self.num_partitions = expected
-        self.devices = dict(sorted(self.devices.items()))
-        log.info("%s of %s clients are here", len(self.devices), expected)
+            why = self._reasons[0] if self._reasons else "none connected"
+            raise RuntimeError(f"no client answered the profile query: {why}")
+        self.present = frozenset(self.nodes)
+        log.info("%s of %s clients are here", len(self.devices), self.num_partitions)
 
-    def _questions(self, nodes: list[int]) -> list[Message]:
-        return [
-            Message(
-                RecordDict({"config": ConfigRecord({"code": code_fingerprint()})}),
-                dst_node_id=node,
-                message_type="query.profile",
+    def look_around(self, at_least: int, timeout: float) -> None:
+        """Before a round: meet who is new or back, and see who has left or still works for an earlier round.
+
+        Args:
+            at_least: waits until so many are free to work; where fewer are left, until `timeout`.
+            timeout: seconds.
+        """
+        end, told = time.monotonic() + timeout, False
+        while True:
+            self._see()
+            if len(self.present) >= at_least or time.monotonic() > end:
+                return
+            if not told:
+                log.warning("%s clients are here and free, waiting for %s", len(self.present), at_least)
+                told = True
+            time.sleep(min(1.0, timeout / 10))
+
+    def _see(self) -> None:
+        assert self._grid is not None, "meet first"
+        connected = set(self._grid.get_node_ids())
+        self._settled &= connected  # who comes back may be another device now
+        if new := sorted(connected - self._settled):
+            self._ask(new, connected, _WAIT_S)
+        busy: set[int] = getattr(self._grid, "busy", set)()
+        here = frozenset(p for p, node in self.nodes.items() if node in connected and node not in busy)
+        if here != self.present:
+            came, left = here - self.present, self.present - here
+            log.info(
+                "here now: partitions %s; left, or still at work on an earlier round: %s", sorted(came), sorted(left)
             )
-            for node in nodes
-        ]
+        self.present = here
 
-    def _learn(self, reply: Message, reasons: list[str]) -> int:
-        if reply.has_error():
-            reasons.append(cause_of(reply.error))
-            if reasons.count(reasons[-1]) == 1:  # once, not once for each client
-                log.warning("a client did not tell its profile: %s", reasons[-1])
-            return 1
-        try:
-            device, expected = read_profile(reply.content)
-        except (KeyError, TypeError, ValueError) as cause:
-            reasons.append(f"its profile is not one: {cause!r}")
-            log.warning("a client is left out: %s", reasons[-1])
-            return 1
-        if device.partition in self.devices:
-            raise RuntimeError(f"two nodes say they are partition {device.partition}; give each its own partition-id")
+    def _ask(self, nodes: list[int], connected: set[int], timeout: float) -> None:
+        """Ask nodes who they are."""
+        assert self._grid is not None
+        devices = dict(self.devices)
+        for reply in self._grid.send_and_receive(_questions(nodes), timeout=timeout):
+            self._learn(reply, connected, devices)
+            del reply
+        if devices != self.devices:
+            self.devices = dict(sorted(devices.items()))
+
+    def _learn(self, reply: Message, connected: set[int], devices: dict[int, Device]) -> None:
         node = self._node_of(reply)
-        self.devices[device.partition] = device
+        if reply.has_error():
+            self._leave_out(node, cause_of(reply.error), for_good=reply.error.code == _RAISED)
+            return
+        try:
+            device, num_partitions = read_profile(reply.content)
+        except (KeyError, TypeError, ValueError) as cause:
+            self._leave_out(node, f"its profile is not one: {cause!r}", for_good=True)
+            return
+        other = self.nodes.get(device.partition, node)
+        if other != node and other in connected:
+            why = (
+                f"it says that it is partition {device.partition}, as another node does; give each its own partition-id"
+            )
+            self._leave_out(node, why, for_good=False)  # the other one may be a dead node's entry, which lapses soon
+            return
+        self.nodes.pop(self._partitions.get(node, -1), None)
+        self._partitions.pop(other, None)
         self.nodes[device.partition], self._partitions[node] = node, device.partition
-        return expected
+        devices[device.partition] = device
+        self._settled.add(node)
+        self.num_partitions = max(self.num_partitions, num_partitions)
+
+    def _leave_out(self, node: int, reason: str, for_good: bool) -> None:
+        """Go on without a node; one that is not left out for good is asked again before the next round."""
+        if for_good:
+            self._settled.add(node)
+        if reason not in self._reasons:  # once, not once for each client and round
+            self._reasons.append(reason)
+            log.warning("a client is left out: %s", reason)
 
     def _node_of(self, reply: Message) -> int:
         origin = getattr(self._grid, "origin", None)
@@ -95,3 +149,9 @@ class Federation:
         return Message(
             content, dst_node_id=self.nodes[partition], message_type=message_type, group_id=str(server_round)
         )
+
+
+def _questions(nodes: list[int]) -> Iterator[Message]:
+    for node in nodes:
+        content = RecordDict({"config": ConfigRecord({"code": code_fingerprint()})})
+        yield Message(content, dst_node_id=node, message_type="query.profile")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,18 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # internal, and imported nowhere else
 
-_BATCH = 64  # ids asked for at once
+from flexfed.flower.messages import num_bytes
+
+IN_FLIGHT = 64
+"""Messages sent and not yet folded, where replies are folded in the order of the messages."""
+
+PULLED_BYTES = 256 * 2**20
+"""Of the replies that are pulled at once, about."""
+
+POLL_S = 0.25
+"""Between two questions to a SuperLink for replies: each takes about 20 ms of it."""
+
+_BATCH = 64  # ids asked for at once, at most
 
 
 class InProcessGrid(Grid):
@@ -99,21 +111,34 @@ class StreamingGrid(Grid):
     """Wraps a grid so that `send_and_receive` yields replies one at a time, as they can be folded.
 
     Nothing is sent before the caller iterates, and no more than `in_flight` messages are sent and not yet
-    folded: that bounds what waits on either side.
+    folded: that bounds what waits on either side. Replies are pulled for several messages at once, as many as
+    together are no larger than what was sent to fill `PULLED_BYTES`.
 
     Args:
         grid: Flower's.
         ordered: yield in the order sent (the same bits every time), or as replies arrive.
-        in_flight: limit on messages sent minus replies handed out.
-        poll_s: pause between questions to the grid when nothing is ready.
+        in_flight: limit on messages sent minus replies handed out; None = all are sent at once.
+        poll_s: pause between questions to the grid.
+        real_time: on real devices `timeout` is counted from the first message; where devices are simulated and take
+            turns, from the last reply.
     """
 
-    def __init__(self, grid: Grid, ordered: bool = True, in_flight: int = 64, poll_s: float = 0.02):
+    def __init__(
+        self,
+        grid: Grid,
+        ordered: bool = True,
+        in_flight: int | None = IN_FLIGHT,
+        poll_s: float = 0.02,
+        real_time: bool = False,
+    ):
         self._grid = grid
         self._ordered = ordered
         self._in_flight = in_flight
         self._poll_s = poll_s
+        self._real_time = real_time
         self._origins: dict[str, int] = {}
+        self._owed: dict[str, int] = {}  # message id -> node, of replies that came too late or not yet
+        self._largest = 1  # bytes of a message of this exchange
 
     @property
     def run(self) -> Any:
@@ -148,47 +173,96 @@ class StreamingGrid(Grid):
         """The node that a reply belongs to; errors made by the SuperLink do not name it themselves."""
         return self._origins.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
+    def busy(self) -> set[int]:
+        """Nodes that still work for an exchange that was closed without them; what they send now is dropped."""
+        for ids in self._batches(list(self._owed)):
+            for message_id, reply in self._read(ids):
+                self._owed.pop(message_id, None)
+                del reply
+        return set(self._owed.values())
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Yield every reply once; a message without one by `timeout` seconds gives an error reply."""
-        end = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        patience = timeout if timeout is not None else math.inf
         self._origins.clear()
+        self._largest = 1
         todo = iter(messages)
         waiting: OrderedDict[str, Message] = OrderedDict()  # message id -> what to say if no reply comes
         ready: dict[str, Message] = {}
-        more = True
+        end, more = time.monotonic() + patience, True
         while more or waiting:
-            while more and len(waiting) < self._in_flight:
-                message = next(todo, None)
-                if message is None:
-                    more = False
-                    break
-                yield from self._push(message, waiting)
+            for message in self._to_send(todo, waiting):
+                yield from self._push(message, waiting, patience)
                 del message
-                self._pull(waiting, ready)
+                if not self._real_time:  # over a network a question takes as long as many messages
+                    self._pull([i for i in waiting if i not in ready], waiting, ready)
+                    yield from self._hand_out(waiting, ready)
+            more = self._in_flight is not None and len(waiting) >= self._in_flight
+            got = False
+            for ids in self._batches([i for i in waiting if i not in ready]):
+                got |= self._pull(ids, waiting, ready)
                 yield from self._hand_out(waiting, ready)
-            if waiting and not self._pull(waiting, ready):
-                if time.monotonic() > end:
-                    yield from self._give_up(waiting, ready, todo)
-                    return
+            if got and not self._real_time:
+                end = time.monotonic() + patience
+            if waiting and time.monotonic() > end:
+                yield from self._give_up(waiting, ready, todo)
+                return
+            if waiting and (self._real_time or not got):
                 time.sleep(self._poll_s)
-            yield from self._hand_out(waiting, ready)
 
-    def _push(self, message: Message, waiting: OrderedDict[str, Message]) -> Iterator[Message]:
+    def _to_send(self, todo: Iterator[Message], waiting: Mapping[str, Message]) -> Iterator[Message]:
+        """The next messages, while there is room for them."""
+        while self._in_flight is None or len(waiting) < self._in_flight:
+            message = next(todo, None)
+            if message is None:
+                return
+            yield message
+            del message
+
+    def _push(self, message: Message, waiting: OrderedDict[str, Message], patience: float) -> Iterator[Message]:
+        if self._real_time and math.isfinite(patience):  # who finds it later need not work for a round that is over
+            message.metadata.ttl = min(message.metadata.ttl, 2 * patience)
+        node = message.metadata.dst_node_id
+        self._largest = max(self._largest, num_bytes(message))
         ids = list(self._grid.push_messages([message]))
         if ids and ids[0]:
-            waiting[ids[0]] = self._error(message, ids[0], "no reply before round-timeout")
+            self._origins[ids[0]] = node
+            waiting[ids[0]] = _error(message, ids[0], "no reply before round-timeout")
         else:
-            lost = f"undelivered-{message.metadata.dst_node_id}"
-            yield self._error(message, lost, "the message could not be delivered: no such node", code=5)
+            self._origins[f"undelivered-{node}"] = node
+            yield _error(message, f"undelivered-{node}", "the message could not be delivered: no such node", code=5)
 
-    def _pull(self, waiting: Mapping[str, Message], ready: dict[str, Message]) -> bool:
-        ids = [i for i in waiting if i not in ready]
+    def _batches(self, ids: list[str]) -> Iterator[list[str]]:
+        """Ids to ask for at once: a reply is about as large as what was sent."""
+        size = min(_BATCH, max(1, PULLED_BYTES // self._largest))
+        return (ids[start : start + size] for start in range(0, len(ids), size))
+
+    def _pull(self, ids: list[str], waiting: Mapping[str, Message], ready: dict[str, Message]) -> bool:
+        """Put what has come beside what is ready; whether anything has."""
         got = False
-        for start in range(0, len(ids), _BATCH):
-            for reply in self._grid.pull_messages(ids[start : start + _BATCH]):
-                ready[reply.metadata.reply_to_message_id] = reply
+        for message_id, reply in self._read(ids):
+            if message_id in waiting:
+                ready[message_id] = _error(waiting[message_id], message_id, reply) if isinstance(reply, str) else reply
                 got = True
         return got
+
+    def _read(self, ids: list[str]) -> Iterator[tuple[str, Message | str]]:
+        """The replies that have come, by the message that they answer; a text for one that cannot be read."""
+        try:
+            replies = list(self._grid.pull_messages(ids))
+        except Exception as error:
+            if _is_of_the_link(error):
+                raise
+            if len(ids) > 1:
+                for message_id in ids:
+                    yield from self._read([message_id])
+            else:
+                yield ids[0], f"its reply cannot be read: {type(error).__name__}: {error}"
+            return
+        while replies:
+            reply = replies.pop(0)
+            yield reply.metadata.reply_to_message_id, reply
+            del reply
 
     def _hand_out(self, waiting: OrderedDict[str, Message], ready: dict[str, Message]) -> Iterator[Message]:
         while ready:
@@ -202,14 +276,44 @@ class StreamingGrid(Grid):
         self, waiting: OrderedDict[str, Message], ready: dict[str, Message], unsent: Iterator[Message]
     ) -> Iterator[Message]:
         """What is there, and an error for each message that has no reply or was never sent."""
+        self._owed |= {i: self._origins[i] for i in waiting if i not in ready}
         for message_id, late in waiting.items():
             yield ready.get(message_id, late)
         for message in unsent:
-            yield self._error(message, f"unsent-{message.metadata.dst_node_id}", "not sent before round-timeout")
+            node = message.metadata.dst_node_id
+            self._origins[f"unsent-{node}"] = node
+            yield _error(message, f"unsent-{node}", "not sent before round-timeout")
 
-    def _error(self, message: Message, message_id: str, reason: str, code: int = 0) -> Message:
-        """An error reply of our own to a message."""
-        self._origins[message_id] = message.metadata.dst_node_id
-        reply = Message(Error(code=code, reason=reason), reply_to=message)
-        reply.metadata.__dict__["_reply_to_message_id"] = message_id
-        return reply
+
+def stream(grid: Grid, reply_order: str = "auto", in_flight: int = 0) -> StreamingGrid:
+    """A streaming grid as a run's settings ask for it, and as suits what is behind the grid.
+
+    Args:
+        grid: Flower's.
+        reply_order: "auto", "cohort" or "arrival".
+        in_flight: 0 = as it suits.
+    """
+    real = not is_simulated(grid)
+    ordered = reply_order == "cohort" or (reply_order == "auto" and not real)
+    limit = in_flight or (None if real and not ordered else IN_FLIGHT)
+    return StreamingGrid(grid, ordered, limit, POLL_S if real else 0.02, real)
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Whether the nodes behind a grid are simulated: by Flower's engine, or in this process."""
+    return isinstance(grid, InProcessGrid) or type(grid).__name__ == "InMemoryGrid"  # Flower's own, not public
+
+
+def _is_of_the_link(error: Exception) -> bool:
+    """Whether an error says that the SuperLink is gone or the run is stopped, and nothing of a client's reply."""
+    kinds = type(error).__mro__
+    return isinstance(error, OSError) or any(
+        kind.__module__.partition(".")[0] == "httpx" or kind.__name__ == "RunNotRunningException" for kind in kinds
+    )
+
+
+def _error(message: Message, message_id: str, reason: str, code: int = 0) -> Message:
+    """An error reply of our own to a message."""
+    reply = Message(Error(code=code, reason=reason), reply_to=message)
+    reply.metadata.__dict__["_reply_to_message_id"] = message_id
+    return reply

@@ -1,0 +1,268 @@
+"""Nodes that come, go, return and are late: a round asks who is there and free, and the run goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from flwr.app import Message
+from toy import AVERAGING, ScriptedGrid, failure, final_model, lines, run_toy, same_bits, toy_config
+
+import client_app
+import server_app
+from flexfed.runs import load_run
+from strategies.federated import FederatedStrategy
+
+Scene = Callable[[int], Mapping[int, int]]
+"""Round -> partition -> node id, of those that are connected when it opens (before round 1: round 1's)."""
+
+
+class Stage(ScriptedGrid):
+    """Four clients, connected under the node ids that a scene gives them."""
+
+    def __init__(self, config: Mapping[str, Any], scene: Scene, **more: Any):
+        super().__init__(client_app.app, 4, config, **more)
+        self._scene, self._home = scene, dict(enumerate(self._contexts.values()))
+        self.asked: list[tuple[int, str, int]] = []  # (round, type, partition)
+        self.opened = 0  # rounds: each asks once more who is there
+        self._set(1)
+
+    def _set(self, server_round: int) -> None:
+        self._contexts = {node: self._home[partition] for partition, node in self._scene(server_round).items()}
+        self._at = {node: partition for partition, node in self._scene(server_round).items()}
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def open(self, server_round: int) -> None:
+        self._set(server_round)
+
+    def partition(self, request: Message) -> int:
+        return self._at.get(request.metadata.dst_node_id, -1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        for message in messages:
+            self.asked.append(
+                (int(message.metadata.group_id or 0), message.metadata.message_type, self.partition(message))
+            )
+        return super().push_messages(messages)
+
+
+def play(
+    folder: Path, scene: Scene, strategy: str = "fedavg", values: Mapping[str, Any] | None = None, **more: Any
+) -> tuple[Path, Stage]:
+    """A run in which the scene changes as each round opens."""
+    config = toy_config(folder, strategy, {"num-server-rounds": 3, "evaluate-every": 3, **(values or {})})
+    stage = Stage(config, scene, **more)
+    open_round = FederatedStrategy.open_round
+
+    def opening(self: Any, server_round: int) -> Any:
+        stage.open(server_round)
+        return open_round(self, server_round)
+
+    with (
+        patch("flexfed.report.curves_png"),
+        patch("flexfed.flower.federation._WAIT_S", 0.2),
+        patch.object(FederatedStrategy, "open_round", opening),
+    ):
+        return server_app.run(stage, config, "stage000"), stage
+
+
+def trainers(stage: Stage, server_round: int) -> list[int]:
+    """Who was asked to train in a round."""
+    return [partition for told, kind, partition in stage.asked if (told, kind) == (server_round, "train")]
+
+
+def ids(*partitions: int) -> dict[int, int]:
+    return {partition: 1000 + partition for partition in partitions}
+
+
+# --- coming and going -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", AVERAGING)
+def test_every_strategy_works_with_whoever_is_there(strategy: str, tmp_path: Path) -> None:
+    """Partition 3 joins in round 2, partition 0 leaves then and is back in round 3; nobody absent is asked."""
+    here = {1: ids(0, 1, 2), 2: ids(1, 2, 3), 3: ids(0, 1, 2, 3)}
+    quick = {"fleet": "equal", "autoflip.explore-epochs": 1, "heterofl.batch-norm": "batch"}
+    run, stage = play(tmp_path, here.__getitem__, strategy, quick)
+    for line in lines(run):
+        assert set(line["cohort"]) <= set(here[line["round"]])
+        assert (line["failed"], line["refused"]) == ([], [])
+    assert 0 not in trainers(stage, 2)
+    assert {p for told, _, p in stage.asked if told > 1} >= {3}
+    assert -1 not in [partition for *_, partition in stage.asked]
+    assert load_run(run).summary["clients"] == 4  # type: ignore[index]
+
+
+@pytest.mark.parametrize("assign", ["fix", "dynamic"])
+def test_levels_that_are_dealt_by_partition_stay_with_it(assign: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "heterofl.assign": assign,
+        "heterofl.shares": "a1-b1",
+        "heterofl.ratios": "1.0, 0.5",
+        "fleet": "equal",
+    }
+    gone, _ = play(tmp_path / "gone", lambda r: ids(0, 1, 2, 3) if r == 1 else ids(1, 3), "heterofl", values)
+    everybody, _ = play(tmp_path / "all", lambda r: ids(0, 1, 2, 3), "heterofl", values)
+    assert [line["cohort"] for line in lines(gone)] == [[0, 1, 2, 3], [1, 3], [1, 3]]
+    if assign == "fix":
+        assert lines(gone)[1]["dispatched"] == {"a": 1, "b": 1}
+    assert lines(gone)[0] == lines(everybody)[0]
+
+
+def test_a_fleet_that_does_not_change_is_asked_who_it_is_once(tmp_path: Path) -> None:
+    _, stage = play(tmp_path, lambda r: ids(0, 1, 2, 3))
+    assert [kind for _, kind, _ in stage.asked].count("query.profile") == 4
+
+
+def test_who_comes_back_is_asked_again_who_it_is(tmp_path: Path) -> None:
+    """Also under another node id, as a SuperNode without a key has after a restart."""
+    back = {0: 1000, 1: 2001, 2: 1002}
+    scene = {1: ids(0, 1, 2), 2: ids(0, 2), 3: back}
+    run, stage = play(tmp_path, scene.__getitem__)
+    profiles = [partition for _, kind, partition in stage.asked if kind == "query.profile"]
+    assert profiles == [0, 1, 2, 1]
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert lines(run)[2]["trained"] == {"full": 3}
+
+
+def test_a_node_that_says_it_is_another_ones_partition_waits_until_that_one_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A killed SuperNode's entry stays for a minute; whoever was there first keeps its place so long."""
+
+    class Twice(Stage):
+        def _set(self, server_round: int) -> None:
+            super()._set(server_round)
+            if server_round >= 2:
+                self._contexts[2001] = self._home[1]
+                self._at[2001] = 1
+            if server_round == 3:
+                del self._contexts[1001], self._at[1001]
+
+    with patch.dict(globals(), Stage=Twice), caplog.at_level(logging.INFO, "flwr"):
+        run, stage = play(tmp_path, lambda r: ids(0, 1, 2))
+    assert "it says that it is partition 1, as another node does; give each its own partition-id" in caplog.text
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2]] * 3
+    assert [line["failed"] for line in lines(run)] == [[]] * 3
+    profiles = [partition for _, kind, partition in stage.asked if kind == "query.profile"]
+    assert profiles == [0, 1, 2, 1, 1]
+
+
+def test_a_client_with_other_code_is_asked_once_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def stale(request: Message, reply: Message, partition: int) -> Message:
+        is_profile = request.metadata.message_type == "query.profile"
+        return failure(request, "other code") if is_profile and partition == 2 else reply
+
+    with caplog.at_level(logging.INFO, "flwr"):
+        run, stage = play(tmp_path, lambda r: ids(0, 1, 2), alter=stale)
+    assert [p for _, kind, p in stage.asked if kind == "query.profile"] == [0, 1, 2]
+    assert [line["cohort"] for line in lines(run)] == [[0, 1]] * 3
+    assert caplog.text.count("a client is left out: other code") == 1
+
+
+# --- too late, too few ------------------------------------------------------------------------------------------
+
+
+def test_who_still_works_for_an_earlier_round_is_not_asked_again_until_it_has_replied(tmp_path: Path) -> None:
+    """One device, one job at a time: a phone that is late would else train two networks at once."""
+    held: list[Message] = []
+
+    class Late(Stage):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            found = list(super().pull_messages(message_ids))
+            if self.opened == 3 and held:
+                found.append(held.pop())
+            return found
+
+        def open(self, server_round: int) -> None:
+            super().open(server_round)
+            self.opened = server_round
+
+    def keep(request: Message, reply: Message, partition: int) -> Message | None:
+        if partition == 1 and request.metadata.message_type == "train" and request.metadata.group_id == "1":
+            held.append(reply)
+            return None
+        return reply
+
+    with patch.dict(globals(), Stage=Late):
+        run, _ = play(tmp_path, lambda r: ids(0, 1, 2, 3), values={"round-timeout": 0.5}, alter=keep)
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3]]
+    assert [[told["partition"] for told in line["failed"]] for line in lines(run)] == [[1], [], []]
+    assert [line["trained"] for line in lines(run)] == [{"full": 3}, {"full": 3}, {"full": 4}]
+    assert not held
+
+
+def fails_in_round(server_round: int) -> Any:
+    """Partitions 2 and 3 fail to train in a round."""
+
+    def alter(request: Message, reply: Message, partition: int) -> Message:
+        hit = request.metadata.message_type == "train" and request.metadata.group_id == str(server_round)
+        return failure(request) if hit and partition > 1 else reply
+
+    return alter
+
+
+@pytest.mark.parametrize("strategy", AVERAGING)
+def test_a_round_with_too_few_valid_replies_leaves_the_model_as_it_was(strategy: str, tmp_path: Path) -> None:
+    """Momentum and noise included: round 2 leaves the bits of round 1."""
+    values = {"fleet": "equal", "compressed.server-momentum": 0.5, "autoflip.mask-mode": "static"}
+    values |= {"fedlps.noise": 0.001, "ratio-policy": "level", "fedlps.pattern": "ordered", "num-server-rounds": 2}
+    void = run_toy(tmp_path / "2", strategy, {**values, "min-replies": 3}, alter=fails_in_round(2))
+    once = run_toy(tmp_path / "1", strategy, {**values, "num-server-rounds": 1})
+    first, second = lines(void)
+    assert "void" not in first
+    assert second["void"] is True
+    assert sum(second["trained"].values()) == 2
+    assert [told["partition"] for told in second["failed"]] == [2, 3]
+    assert same_bits(final_model(void), final_model(once))
+    enough = run_toy(tmp_path / "3", strategy, {**values, "min-replies": 2}, alter=fails_in_round(2))
+    assert "void" not in lines(enough)[1]
+    assert not same_bits(final_model(enough), final_model(once))
+
+
+def test_a_run_that_never_had_enough_replies_fails_and_says_so(tmp_path: Path) -> None:
+    says = r"never 3 valid replies \(min-replies\) in any of 1 rounds; client 3 said: out of memory"
+    with pytest.raises(RuntimeError, match=says):
+        run_toy(tmp_path, values={"min-replies": 3}, alter=fails_in_round(1))
+
+
+def test_more_replies_than_there_are_clients_cannot_be_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="min-replies=5, but there are only 4 clients; lower it"):
+        run_toy(tmp_path, values={"min-replies": 5})
+
+
+def test_a_cohort_is_at_least_as_large_as_it_needs_to_be(tmp_path: Path) -> None:
+    run = run_toy(tmp_path, values={"min-replies": 3, "fraction-train": 0.25})
+    assert len(lines(run)[0]["cohort"]) == 3
+
+
+def test_a_round_waits_for_as_many_devices_as_it_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Slow(Stage):
+        looks = 0
+
+        def get_node_ids(self) -> Iterable[int]:
+            self.looks += 1
+            here = list(super().get_node_ids())
+            return here[:1] if self.opened == 2 and self.looks % 4 else here
+
+        def open(self, server_round: int) -> None:
+            super().open(server_round)
+            self.opened, self.looks = server_round, 0
+
+    with patch.dict(globals(), Stage=Slow), caplog.at_level(logging.INFO, "flwr"):
+        run, _ = play(tmp_path, lambda r: ids(0, 1, 2), values={"min-replies": 2, "round-timeout": 2.0})
+    assert "1 clients are here and free, waiting for 2" in caplog.text
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2]] * 3
+
+
+def test_a_round_in_which_nobody_is_left_passes_and_the_run_goes_on(tmp_path: Path) -> None:
+    scene = {1: ids(0, 1, 2), 2: {}, 3: ids(2)}
+    run, _ = play(tmp_path, scene.__getitem__, values={"round-timeout": 0.2})
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [], [2]]
