@@ -24,6 +24,10 @@ from flexfed.units import Arrays
 Definition = Literal["batches", "pooled"]
 Statistics = dict[str, tuple[np.ndarray, np.ndarray]]
 """Batch norm layer -> (mean, unbiased variance), each float64 (channels,)."""
+MOST_COUNT = 2.0**53
+"""Of batches or values; beyond it float64 does not count."""
+LARGEST = 1e30
+"""Of a sum that a client sends: those of many clients, and their squares, still are numbers."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +146,25 @@ def pack_sums(sums: BatchNormSums) -> Arrays:
     return {name: np.concatenate([[float(n)], sums.first[name], sums.second[name]]) for name, n in sums.counts.items()}
 
 
-def unpack_sums(arrays: Arrays, widths: Mapping[str, int], definition: Definition) -> BatchNormSums:
+def unpack_sums(
+    arrays: Arrays, widths: Mapping[str, int], definition: Definition, most: float = MOST_COUNT
+) -> BatchNormSums:
     """The sums that a client sent.
 
     Args:
         arrays: what `pack_sums` made.
         widths: the channels to expect, `norm_widths` of the network that the client was asked about.
         definition: the one that the client was asked for.
+        most: that a count can be.
 
     Raises:
-        ValueError: names, shapes or types differ, a number is not finite, or a count is not 0, 1, 2, ...
+        ValueError: names, shapes or types differ, a number is not finite or so large that sums of many overflow, or a
+            count is not 0, 1, 2, ... or beyond `most`.
     """
     if set(arrays) != set(widths):
         raise ValueError(f"expected batch norm sums of {sorted(widths)}, got {sorted(arrays)}")
     for name, width in widths.items():
-        _check_packed(name, arrays[name], width)
+        _check_packed(name, arrays[name], width, most)
     return BatchNormSums(
         definition,
         {name: int(arrays[name][0]) for name in widths},
@@ -165,7 +173,7 @@ def unpack_sums(arrays: Arrays, widths: Mapping[str, int], definition: Definitio
     )
 
 
-def _check_packed(name: str, array: np.ndarray, width: int) -> None:
+def _check_packed(name: str, array: np.ndarray, width: int, most: float) -> None:
     if array.dtype != np.float64 or array.shape != (1 + 2 * width,):
         raise ValueError(
             f"batch norm sums of {name!r}: expected float64 of shape {(1 + 2 * width,)}, for {width} "
@@ -175,6 +183,11 @@ def _check_packed(name: str, array: np.ndarray, width: int) -> None:
         raise ValueError(f"batch norm sums of {name!r} must be finite, got NaN or infinity")
     if array[0] < 0 or array[0] != np.floor(array[0]):
         raise ValueError(f"batch norm sums of {name!r}: count must be 0, 1, 2, ..., got {array[0]}")
+    if array[0] > most or np.abs(array[1:]).max(initial=0.0) > LARGEST:
+        raise ValueError(
+            f"batch norm sums of {name!r}: expected a count of {most:g} at most and sums within +-{LARGEST:.0e}, "
+            f"got {array[0]:g} and {np.abs(array[1:]).max(initial=0.0):g}"
+        )
     if (array[1 + width :] < 0).any():
         raise ValueError(f"batch norm sums of {name!r}: variances and squares must be >= 0, got {array.min()}")
 

@@ -255,8 +255,14 @@ def to_record(device: Device) -> dict[str, Any]:
     return {_key(name): list(v) if isinstance(v, tuple) else v for name, v in asdict(device).items()}
 
 
+_LEAST, _MOST = 1e-6, 1e18  # of a number that a client tells of its device: what is divided by it is still a number
+_MOST_EXAMPLES = 10**9
+_LONGEST = {"availability": 1000, "labels": 100_000}
+_DIVISORS = ("capacity", "width", "memory_bytes", "speed_macs_s", "link_bytes_s")
+
+
 def from_record(record: Mapping[str, Any]) -> Device:
-    """Undo `to_record`.
+    """Undo `to_record`, believing no numbers that no device has.
 
     Raises:
         ValueError: keys are missing or unknown, or a value is impossible.
@@ -265,8 +271,35 @@ def from_record(record: Mapping[str, Any]) -> Device:
     expected = {f.name for f in fields(Device)}
     if values.keys() != expected:
         raise ValueError(f"a device's profile should have {_keys(expected)}; got {_keys(values)}")
-    lists = {"labels": tuple(map(int, values["labels"])), "availability": tuple(map(float, values["availability"]))}
+    for name, value in values.items():
+        if wrong := _wrong_in_profile(name, value):
+            raise ValueError(f"{_key(name)} of a device's profile should be {wrong}")
+    lists = {"labels": tuple(values["labels"]), "availability": tuple(map(float, values["availability"]))}
     return Device(**{**values, **lists})
+
+
+def _wrong_in_profile(name: str, value: Any) -> str:
+    """What a value of a profile should be; empty = it is."""
+    if name == "kind":
+        right = isinstance(value, str) and 0 < len(value) <= 64 and value.isprintable()
+        return "" if right else "a name of 1 to 64 characters"
+    if name == "measure_memory":
+        return "" if isinstance(value, bool) else "true or false"
+    if name in _LONGEST:
+        least, most, kind = (0, 2**31, int) if name == "labels" else (_LEAST, 1, float)
+        right = isinstance(value, list) and len(value) <= _LONGEST[name] and all(_is_number(v, kind) for v in value)
+        right = right and all(least <= v <= most for v in value)
+        return "" if right else f"a list of at most {_LONGEST[name]} numbers from {least:g} to {most}"
+    if name in ("partition", "num_examples"):
+        most = _MOST_EXAMPLES if name == "num_examples" else 2**31
+        return "" if _is_number(value, int) and 0 <= value <= most else f"a whole number from 0 to {most}"
+    least = _LEAST if name in _DIVISORS else 0
+    right = _is_number(value, float) and (least <= value <= _MOST or value == math.inf)  # whatever may be infinite
+    return "" if right else f"a number from {least:g} to {_MOST:g}"
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
 
 
 def _key(name: str) -> str:

@@ -275,6 +275,9 @@ def within(inner: Submodel, outer: Submodel) -> bool:
     return keys and axes and not bool((inner.units & ~outer.units).any())
 
 
+_PACKED = ("units", "keys", "cut", "masks")
+
+
 def pack(submodel: Submodel, known: bytes = b"") -> dict[str, bytes]:
     """A submodel as bytes: one bit a unit, tensor names, one bit an entry of each mask.
 
@@ -303,9 +306,14 @@ def unpack(layout: Layout, packed: Mapping[str, bytes], known: Submodel | None =
         known: whose masks are meant where only their key came.
 
     Raises:
-        ValueError: bits of the wrong length, set bits behind the last unit, names the layout does not have, or
-            masks that are not known.
+        ValueError: bits of the wrong length, set bits behind the last unit, names the layout does not have,
+            masks that are not known, or anything that `pack` does not write.
     """
+    masked = {name.removeprefix("mask:"): bits for name, bits in packed.items() if name.startswith("mask:")}
+    if other := [name for name in packed if name not in _PACKED and not name.startswith("mask:")]:
+        raise ValueError(f"a submodel has {', '.join(_PACKED)} or masks, and nothing like {other[0][:40]!r}")
+    if masked and "masks" in packed:
+        raise ValueError("a submodel has masks or their key, not both")
     units = _bits(packed.get("units", b""), layout.num_units, "units")
     keys = None
     if "keys" in packed:
@@ -317,7 +325,6 @@ def unpack(layout: Layout, packed: Mapping[str, bytes], known: Submodel | None =
         if known is None or known.masks_key != packed["masks"] or not np.array_equal(units, known.units):
             raise ValueError("submodel names masks that are not known here; expected the masks themselves")
         return Submodel(units, keys, known.masks, cut)
-    masked = {name.removeprefix("mask:"): bits for name, bits in packed.items() if name.startswith("mask:")}
     shapes = narrow_shapes(layout, Submodel(units, keys, cut=cut)) if masked else {}
     if not masked.keys() <= shapes.keys():
         raise ValueError(f"submodel masks an unknown tensor: {sorted(masked.keys() - shapes.keys())[0]!r}")

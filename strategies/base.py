@@ -19,6 +19,7 @@ from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import DatasetInfo, ServerData
 from flexfed.evaluation import measure_levels, with_statistics
+from flexfed.flower.limits import most_of_reply, refuse_large
 from flexfed.flower.messages import (
     cause_of,
     encoded,
@@ -31,7 +32,7 @@ from flexfed.flower.messages import (
 from flexfed.jobs import Assignment, Scalar, Task, Update, initial_arrays
 from flexfed.methods import METHODS
 from flexfed.soundness import check_parts
-from flexfed.submodel import Submodel, extract, flatten, full, pack, within
+from flexfed.submodel import Submodel, extract, flatten, full, pack
 from flexfed.units import Arrays, Layout
 from strategies.federated import OnRound
 from strategies.holdings import Holdings
@@ -50,7 +51,7 @@ PARTS_KEPT = 8
 """Extracted parts held at a time: levels are few, and clients that have a part each would fill the memory."""
 
 MOST_MACS = 1e18
-"""A reply that claims more is not believed: a year's work of the fastest machines."""
+"""A reply that claims more is not believed: a year's work of the fastest machines. Nor any other number beyond it."""
 
 
 class SubmodelStrategy(MethodStrategy):
@@ -174,7 +175,7 @@ class SubmodelStrategy(MethodStrategy):
             content = job_content(part, assignment, seed, server_round, extra, masks)
             yield partition, self.federation.message(partition, content, kind, server_round)
 
-    def read(self, reply: Message, asked: Assignment | None) -> Update:
+    def read(self, reply: Message, asked: Assignment) -> Update:
         """A reply, believing no more of it than what was asked allows.
 
         Raises:
@@ -182,6 +183,7 @@ class SubmodelStrategy(MethodStrategy):
         """
         if reply.has_error():
             raise ValueError(cause_of(reply.error))
+        refuse_large(reply, most_of_reply(self.task.layout, asked))
         update = read_update(reply.content, self.task.layout, asked)
         refuse_unbelievable(update)
         return update
@@ -240,11 +242,9 @@ class SubmodelStrategy(MethodStrategy):
 
     def _fold(self, averager: Averager, server_round: int, partition: int, reply: Message) -> None:
         assignment = self._assigned.get(partition)
-        update = self.read(reply, assignment)
         if assignment is None or partition in self._replied:
             raise ValueError("it was sent no job this round, or has replied already")
-        if not within(update.submodel, assignment.submodel):
-            raise ValueError("it claims units or tensors that it was never sent")
+        update = self.read(reply, assignment)
         level = self.level_trained(assignment, update)
         told = self.devices[partition].num_examples
         if update.weight > told:
@@ -335,3 +335,6 @@ def refuse_unbelievable(update: Update) -> None:
     macs, seconds = update.metrics.get("macs", 0.0), update.metrics.get("seconds", 0.0)
     if not (0 <= macs <= MOST_MACS and seconds >= 0):
         raise ValueError(f"macs of a reply must lie in [0, {MOST_MACS:.0e}] and seconds be >= 0, got {macs}, {seconds}")
+    for key, value in update.metrics.items():
+        if not abs(value) <= MOST_MACS:
+            raise ValueError(f"metrics of a reply must lie within +-{MOST_MACS:.0e}, got {key}={value:g}")

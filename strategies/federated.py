@@ -17,7 +17,7 @@ from flexfed.config import Experiment
 from flexfed.data import DatasetInfo, ServerData
 from flexfed.devices import Device
 from flexfed.flower.federation import Federation
-from flexfed.flower.messages import code_fingerprint
+from flexfed.flower.messages import code_fingerprint, in_one_line
 from flexfed.jobs import Scalar
 from flexfed.models import input_convention
 from flexfed.networks import Convention
@@ -145,7 +145,7 @@ class FederatedStrategy(Strategy):
 
     def note(self, where: list[dict[str, Any]], partition: int, reason: str) -> None:
         """Write down, and log, why a client's reply does not count."""
-        reason = " ".join(reason.split())[:300]
+        reason = in_one_line(reason)
         where.append({"partition": partition, "reason": reason})
         log.warning("round %s: client %s left out: %s", self.record.server_round, partition, reason)
 

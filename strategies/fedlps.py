@@ -116,6 +116,13 @@ class FedLPS(WidthStrategy):
 
     # Replies ----------------------------------------------------------------------------------------------------
 
+    may_choose_units = True  # `check` says how many
+
+    @property
+    def asks_to_tell(self) -> frozenset[str]:
+        """The order of its units, where the server chooses them."""
+        return frozenset({"ranking"} if self._config.is_told and self._config.pattern == "learned" else ())
+
     def check(self, assignment: Assignment, update: Update) -> None:
         """As many units as were asked for, and a ranking that is one, only where it is asked for.
 
@@ -125,10 +132,8 @@ class FedLPS(WidthStrategy):
         super().check(assignment, update)
         if not self._is_asked(assignment, update.submodel):
             raise ValueError("it holds other units than it was asked to train, or other rows of them")
-        if self._config.is_told and self._config.pattern == "learned":
+        if self.asks_to_tell:
             scores_from(self.task.layout, update.told.get("ranking", b""))
-        elif update.told:
-            raise ValueError(f"it tells {', '.join(update.told)}, which it was not asked for")
 
     def _is_asked(self, assignment: Assignment, held: Submodel) -> bool:
         """Where clients choose the units themselves, the server knows only how many, and of which axes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -125,7 +124,9 @@ class FedStitch(StitchRun):
             self.clients.scored(partition, scoring(partition).targets)
 
         asked: dict[str, Scalar] = {"candidates": list(candidates), "subset-seed": self.settings.seed}
-        return self.clients.phase("train.score", self.now.path, receive, {p: work(p) for p in self.cohort}, asked)
+        works = {p: work(p) for p in self.cohort}
+        shapes = {"scores": (len(candidates),)}
+        return self.clients.phase("train.score", self.now.path, receive, works, asked, shapes)
 
     def _stitch(self, grid: Grid) -> bool:
         """Whether the block that was chosen stands in the path."""
@@ -144,7 +145,7 @@ class FedStitch(StitchRun):
         def make() -> Phase:
             total.clear()
             works = {p: work(p) for p in self.cohort}
-            return self.clients.phase("train.stitch", path, total.receive, works, {"block": block})
+            return self.clients.phase("train.stitch", path, total.receive, works, {"block": block}, total.shapes)
 
         self._carry_out(grid, make, total)
         bridge = solved(lambda: solve_bridge(total.sums, self.config.bridge_ridge)) if self._enough(total) else None
@@ -165,7 +166,8 @@ class FedStitch(StitchRun):
         def work(partition: int) -> Work:
             return plan_head(self.task, path, classes, self._examples(partition), size)
 
-        return self.clients.phase("train.head", path, self._total.receive, {p: work(p) for p in self._summing}, {})
+        works = {p: work(p) for p in self._summing}
+        return self.clients.phase("train.head", path, self._total.receive, works, {}, self._total.shapes)
 
     def _is_last(self, path: Path) -> bool:
         """Whether the network is whole with this path, and stays."""
@@ -214,7 +216,7 @@ class FedStitch(StitchRun):
             return plan_count(self.task, path, classes, self._most_validation(partition), self.config.batch_size)
 
         works = {p: work(p) for p in self.cohort}
-        self._phase = self.clients.phase("evaluate.stitched", path, self._count, works, {}, head)
+        self._phase = self.clients.phase("evaluate.stitched", path, self._count, works, {}, {}, head)
         return self.clients.phases.messages(self._phase, self.cohort)
 
     def _is_tested(self, server_round: int, after: Construction) -> bool:
@@ -280,8 +282,7 @@ class FedStitch(StitchRun):
 
     def _most_validation(self, partition: int) -> int:
         """Validation samples of a client at most, from what it trains on."""
-        share = self.experiment.data.validation_fraction
-        return math.floor(share / (1 - share) * self._examples(partition) + 1e-9)
+        return self.experiment.data.most_validation(self._examples(partition))
 
     def _channels(self, path: Path) -> int:
         return self.task.blocks[path.ids[-1]].shape_out[0]

@@ -41,6 +41,8 @@ SHRINK_STEPS = 16
 class FlexFL(WidthStrategy):
     """Five nested levels; the device shrinks what it was sent; see `flexfed.methods.flexfl`."""
 
+    may_choose_units = True  # levels, which `level_trained` tells
+
     _pool: dict[str, Submodel]
     _apoz: tuple[float, ...]
     _scores: np.ndarray

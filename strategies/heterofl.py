@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from flexfed.batchnorm import BatchNormSums, Statistics, add_sums, norm_widths, statistics, unpack_sums
@@ -16,6 +16,7 @@ from flexfed.checkpoint import State
 from flexfed.cost import shares
 from flexfed.devices import Device
 from flexfed.evaluation import level_statistics
+from flexfed.flower.limits import most_of_arrays, refuse_large
 from flexfed.flower.messages import cause_of, from_record_of_arrays, job_content, num_bytes
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fixed_levels, parse_shares
@@ -26,6 +27,18 @@ from strategies.base import Parts
 from strategies.widths import WidthStrategy
 
 log = logging.getLogger("flwr")
+
+MOST_BATCHES = 64
+"""Batches that a norm sees for a sample, at most: a layer may run several times."""
+MOST_VALUES = 2**24
+"""Values of a channel that a norm sees for a sample, at most."""
+
+
+class Asked(NamedTuple):
+    """What a client was asked for statistics."""
+
+    levels: frozenset[str]
+    num_bytes: int
 
 
 class HeteroFL(WidthStrategy):
@@ -143,7 +156,7 @@ class HeteroFL(WidthStrategy):
         Nobody is asked where the network has no norms.
         """
         sums: dict[str, BatchNormSums] = {}
-        sent: dict[int, int] = {}  # partition -> bytes of its question
+        sent: dict[int, Asked] = {}
         levels = self.levels()
         widths = {
             name: norm_widths(self.task.network(extract(self.task.layout, level, arrays)))
@@ -156,17 +169,18 @@ class HeteroFL(WidthStrategy):
         ):
             partition = self.federation.partition_of(reply)
             try:
-                answer = self._answer(reply, widths)
-                for name, own in answer.items():
-                    sums[name] = add_sums(sums[name], own) if name in sums else own
-                device = self.devices[partition]
-                macs = device.num_examples * sum(self.task.macs(levels[name]) for name in answer)
-                self.record.count_beside("statistics", device, macs, sent[partition], num_bytes(reply))
-            except (KeyError, ValueError) as cause:
+                answer = self._answer(partition, reply, sent, widths)
+            except ValueError as cause:
                 self.note(self.record.failed, partition, f"statistics query: {cause}")
+                continue
+            for name, own in answer.items():
+                sums[name] = add_sums(sums[name], own) if name in sums else own
+            device, asked = self.devices[partition], sent.pop(partition)
+            macs = device.num_examples * sum(self.task.macs(levels[name]) for name in answer)
+            self.record.count_beside("statistics", device, macs, asked.num_bytes, num_bytes(reply))
         return {name: statistics(total) for name, total in sums.items() if any(total.counts.values())}
 
-    def _questions(self, server_round: int, arrays: Arrays, sent: dict[int, int]) -> Iterator[Message]:
+    def _questions(self, server_round: int, arrays: Arrays, sent: dict[int, Asked]) -> Iterator[Message]:
         """One message a client: its largest level, and the bits of the smaller ones it can cut out of it."""
         levels = self.levels()
         parts: Parts = {}
@@ -180,14 +194,26 @@ class HeteroFL(WidthStrategy):
             content["levels"] = ConfigRecord({n: pack(levels[n])["units"] for n in held})
             content["query"] = ConfigRecord({"definition": self.task.method.statistics})
             message = self.federation.message(partition, content, "query.statistics", server_round)
-            sent[partition] = num_bytes(message)
+            sent[partition] = Asked(frozenset(held), num_bytes(message))
             yield message
 
-    def _answer(self, reply: Message, widths: Mapping[str, Mapping[str, int]]) -> dict[str, BatchNormSums]:
+    def _answer(
+        self, partition: int, reply: Message, sent: Mapping[int, Asked], widths: Mapping[str, Mapping[str, int]]
+    ) -> dict[str, BatchNormSums]:
+        """A client's sums of the levels that it was asked for, checked.
+
+        Raises:
+            ValueError: says what is wrong with them.
+        """
         if reply.has_error():
             raise ValueError(cause_of(reply.error))
+        if partition not in sent:
+            raise ValueError("it was not asked, or has replied already")
+        expected, content = sent[partition].levels, reply.content
+        refuse_large(reply, most_of_arrays((n, 1 + 2 * num) for level in expected for n, num in widths[level].items()))
+        records = {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+        if set(content) != expected or set(records) != expected:
+            raise ValueError(f"expected sums of levels {sorted(expected)}, got {sorted(content)}")
         definition: Any = self.task.method.statistics
-        records = reply.content.array_records
-        if not set(records) <= set(widths):
-            raise ValueError(f"expected sums of levels {sorted(widths)}, got {sorted(records)}")
-        return {n: unpack_sums(from_record_of_arrays(r), widths[n], definition) for n, r in records.items()}
+        most = self.devices[partition].num_examples * (MOST_VALUES if definition == "pooled" else MOST_BATCHES)
+        return {n: unpack_sums(from_record_of_arrays(r), widths[n], definition, most) for n, r in records.items()}

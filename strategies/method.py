@@ -25,11 +25,13 @@ class MethodStrategy(FederatedStrategy):
 
     Attributes:
         per: what an entry's mean divides by: the weight that covers it, or that of all replies.
+        may_choose_units: clients may train fewer units than they were sent; the method checks which.
         task: the network and how it is trained.
         budget: what devices can carry.
     """
 
     per: Literal["coverage", "total"] = "coverage"
+    may_choose_units: bool = False
     task: Task
     budget: Budget
 
@@ -78,6 +80,11 @@ class MethodStrategy(FederatedStrategy):
         """The most that a device can train in a round; None = nothing."""
         return self.part_of(device, server_round) if self.can_train(device) else None
 
+    @property
+    def asks_to_tell(self) -> frozenset[str]:
+        """What a reply may tell beside its numbers (`Update.told`)."""
+        return frozenset()
+
     def weigh(self, update: Update) -> float:
         """A reply's weight in the mean: its number of examples."""
         return update.weight
@@ -115,6 +122,15 @@ class MethodStrategy(FederatedStrategy):
         held, sent = update.submodel, assignment.submodel
         if held.keys != sent.keys or held.masks_key != sent.masks_key:
             raise ValueError("it leaves out whole tensors, or single entries")
+        if not self.may_choose_units and (held.cut != sent.cut or self._leaves_out_units(sent, held)):
+            raise ValueError("it leaves out units that it was asked to train")
+        if other := [name[:40] for name in update.told if name not in self.asks_to_tell]:
+            raise ValueError(f"it tells {', '.join(other[:3])}, which it was not asked for")
+
+    def _leaves_out_units(self, sent: Submodel, held: Submodel) -> bool:
+        """Outputs may be missing: of labels that a client does not hold."""
+        missing = sent.units & ~held.units & ~self.task.layout.fixed_units
+        return bool(missing.any())
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Learn from an accepted reply (bandits, votes, masks)."""

@@ -11,6 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from flexfed.client_state import LOST
+from flexfed.flower.limits import refuse_large
 from flexfed.flower.messages import cause_of, num_bytes
 from flexfed.flower.questions import question_content, read_answer
 from flexfed.jobs import Scalar
@@ -40,6 +41,8 @@ class Phase:
         step: number of the phase in the whole run, from 1: clients keep what they remember under it.
         ask: partition -> what it is asked.
         receive: takes the answers, one at a time.
+        arrays: name -> dtype of the arrays that an answer holds.
+        largest: bytes of an answer at most, beside one for each sample of its client.
         answered: whose answers were received.
         lost: who no longer has what it remembered, and is to be asked again.
     """
@@ -48,6 +51,8 @@ class Phase:
     step: int
     ask: Callable[[int], Asked]
     receive: Receive
+    arrays: Mapping[str, str]
+    largest: int
     answered: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     sent: dict[int, int] = field(default_factory=dict)  # partition -> bytes
@@ -118,18 +123,21 @@ class Phases:
     def _take_one(self, phase: Phase, partition: int, reply: Message) -> None:
         if partition not in phase.sent or partition in phase.answered:
             raise ValueError("it was not asked, or has answered already")
-        found = read_answer(reply.content)
+        device = self._strategy.devices[partition]
+        refuse_large(reply, phase.largest + device.num_examples)
+        found = read_answer(reply.content, phase.arrays)
         refuse_impossible(found.metrics)
         phase.receive(partition, found)
         phase.answered.add(partition)
         if found.metrics.get("kept-state"):
             self.bases[partition] = phase.step
-        device = self._strategy.devices[partition]
         self._strategy.record.count_answer(phase.kind, device, found.metrics, phase.sent[partition], num_bytes(reply))
 
 
 COSTS = {"macs": 1e18, "modelled-seconds": 1e9, "modelled-joules": 1e12, "measured-joules": 1e12, "seconds": 1e9}
 """What an answer may claim of its cost at most; more is not believed."""
+MOST = 1e18
+"""What any other number of an answer may be: a count that numpy still holds."""
 
 
 def refuse_impossible(metrics: Mapping[str, Any]) -> None:
@@ -141,3 +149,6 @@ def refuse_impossible(metrics: Mapping[str, Any]) -> None:
     for key, most in COSTS.items():
         if not 0 <= metrics.get(key, 0.0) <= most:
             raise ValueError(f"{key} of an answer must lie in [0, {most:.0e}], got {metrics[key]}")
+    for key, value in metrics.items():
+        if not abs(value) <= MOST:
+            raise ValueError(f"metrics of an answer must lie within +-{MOST:.0e}, got {key}={value:g}")

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 from flexfed.cost import modelled_joules, modelled_seconds
 from flexfed.devices import Device
-from flexfed.flower.messages import num_bytes
+from flexfed.flower.messages import in_one_line, num_bytes
 from flexfed.jobs import Assignment, Update
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Preparation:
                 update = strategy.read(reply, asked[partition])
                 receive(partition, update)
             except ValueError as cause:
-                log.warning("%s: client %s left out: %s", action, partition, cause)
+                log.warning("%s: client %s left out: %s", action, partition, in_one_line(str(cause)))
             else:
                 received.add(partition)
                 device = strategy.federation.devices[partition]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flexfed.flower.limits import most_of_arrays
 from flexfed.jobs import Scalar
 from flexfed.methods.fedstitch import FedStitchConfig
 from flexfed.questions import Answer
@@ -73,6 +74,7 @@ class StitchClients:
         receive: Receive,
         works: Mapping[int, Work],
         asked: Mapping[str, Scalar],
+        shapes: Mapping[str, tuple[int, ...]],
         head: np.ndarray | None = None,
     ) -> Phase:
         """A phase with its deadline; clients are sent the bridges that they do not hold.
@@ -83,6 +85,7 @@ class StitchClients:
             receive: takes the answers.
             works: partition -> what it will have to do, as far as the server can know; none = no deadline.
             asked: what all are asked.
+            shapes: of the arrays that are to come back.
             head: that goes with it.
         """
         strategy, episode = self._strategy, self._strategy.now.episode
@@ -104,16 +107,20 @@ class StitchClients:
                     f"the correction of an answer must lie in [{1 / SLOWEST}, {SLOWEST}], got {correction}"
                 )
             late = bool(answer.metrics.get("deadline-missed"))
-            self.missed += late
             if late and self._config.drop_late:
+                self.missed += 1
                 self.corrections[partition] = correction  # or the next deadline would be as short
                 raise ValueError(f"it missed the deadline of {limit:.3g} modelled seconds")
             receive(partition, answer)
+            self.missed += late
             self.corrections[partition] = correction
             if answer.metrics.get("kept-state"):
                 self._held[partition] = (episode, len(path.ids))
 
-        return Phase(kind, len(PHASES) * strategy.record.server_round + PHASES.index(kind), ask, take)
+        step = len(PHASES) * strategy.record.server_round + PHASES.index(kind)
+        arrays = {**dict.fromkeys(shapes, "float64"), "levels": "uint8"}  # of the clocks, one a batch
+        largest = most_of_arrays((name, math.prod(shape)) for name, shape in shapes.items())
+        return Phase(kind, step, ask, take, arrays, largest)
 
     def _num_held(self, partition: int) -> int:
         """How many positions of the path a client knows."""
@@ -154,6 +161,11 @@ class Total:
     def __len__(self) -> int:
         """Answers that held something."""
         return self._answers
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arrays that a client sends."""
+        return {"gram": self.sums.gram.shape, "cross": self.sums.cross.shape}
 
     def receive(self, partition: int, answer: Answer) -> None:
         """Add a client's.

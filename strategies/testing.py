@@ -12,6 +12,7 @@ from flwr.app import Message, RecordDict
 from flexfed.batchnorm import Statistics, norm_widths
 from flexfed.checkpoint import State
 from flexfed.devices import Device
+from flexfed.flower.limits import ROOM_BYTES, refuse_large
 from flexfed.flower.messages import (
     is_personal,
     job_content,
@@ -139,9 +140,13 @@ class ClientTests:
         strategy, result = self._strategy, read_evaluation(reply)
         personal = is_personal(reply)
         if (personal, partition) not in self._sent:
-            raise ValueError("it was not asked to test that, or has replied already")
-        part, bytes_down = self._sent.pop((personal, partition))
+            raise ValueError("evaluation: it was not asked to test that, or has replied already")
+        refuse_large(reply, ROOM_BYTES)
         device, samples = strategy.devices[partition], result.num_samples
+        told = strategy.federation.devices[partition]
+        if samples > (most := strategy.experiment.data.most_tested(told.num_examples, len(told.labels))):
+            raise ValueError(f"evaluation of {samples} samples; of what it has told of, there are at most {most}")
+        part, bytes_down = self._sent.pop((personal, partition))
         if personal:
             strategy.record.personal.append((self.group_of(partition), result))
             samples += device.num_examples if self._own_statistics else 0

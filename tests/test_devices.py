@@ -144,7 +144,7 @@ def test_records_that_are_no_device_are_refused() -> None:
     for wrong in (missing, {**record, "colour": "red"}, {}):
         with pytest.raises(ValueError, match=r"a device's profile should have availability, capacity, .*; got"):
             from_record(wrong)
-    with pytest.raises(ValueError, match="capacity must be > 0"):
+    with pytest.raises(ValueError, match="capacity of a device's profile should be a number from 1e-06 to"):
         from_record({**record, "capacity": -1.0})
 
 

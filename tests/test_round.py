@@ -149,6 +149,12 @@ def one_other_unit(submodel: Submodel) -> Submodel:
     return Submodel(units)
 
 
+def one_unit_more(submodel: Submodel) -> Submodel:
+    units = submodel.units.copy()
+    units[int(units.argmin())] = True
+    return Submodel(units)
+
+
 def every_tensor_named(submodel: Submodel) -> Submodel:
     return replace(submodel, keys=frozenset(toy_task().layout.shapes))
 
@@ -159,7 +165,11 @@ FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message], str]] = {
     "one number": ("fedavg", numbers(lambda v: v[:1]), r"a difference of 57706 numbers is expected, got shape \(1,\)"),
     "one too few": ("fedavg", numbers(lambda v: v[:-1]), "a difference of 57706 numbers is expected"),
     "two axes": ("fedavg", numbers(lambda v: v[None]), r"got shape \(1, 57706\)"),
-    "doubles": ("fedavg", numbers(lambda v: v.astype(np.float64)), "57706 numbers of float32 .* of float64"),
+    "doubles": (
+        "fedavg",
+        numbers(lambda v: v.astype(np.float64)),
+        "it has [0-9,]+ bytes; a reply to what it was asked has at most",
+    ),
     "integers": ("fedavg", put("arrays", array("int32")), "must be float32 or .* got 'int32'"),
     "encoding": ("fedavg", put("arrays", array(stype="pickle")), "got 'float32' as 'pickle'"),
     "no arrays": ("fedavg", drop("arrays"), "reply lacks 'arrays'"),
@@ -174,7 +184,12 @@ FAULTS: dict[str, tuple[str, Callable[[Message, Message], Message], str]] = {
     "loss nan": ("fedavg", metrics(**{"train-loss": float("nan")}), "must be finite numbers"),
     "bits": ("fedavg", put("submodel", ConfigRecord({"units": b"\1"})), "units of a submodel should be 32 bytes"),
     "text": ("fedavg", put("submodel", ConfigRecord({"units": "all"})), "what it tells besides, must be bytes"),
-    "never sent": ("heterofl", everything, "claims units or tensors that it was never sent"),
+    "never sent": ("heterofl", claimed(one_unit_more), "claims units or tensors that it was never sent"),
+    "all that was never sent": (
+        "heterofl",
+        everything,
+        "it has [0-9,]+ bytes; a reply to what it was asked has at most",
+    ),
     "nothing of a group": ("fedavg", claimed(without_a_group), "it holds no unit of group 'conv2'"),
     "nothing of a group, own models": ("fedlps", claimed(without_a_group), "it holds no unit of group 'conv2'"),
     "other units": ("fedlps", claimed(one_other_unit), "it holds other units than it was asked to train"),

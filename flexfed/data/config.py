@@ -82,6 +82,15 @@ class DataConfig:
         self._check_fraction("validation-fraction", self.validation_fraction)
         self._check_fraction("proxy-fraction", self.proxy_fraction)
 
+    def most_validation(self, num_examples: int) -> int:
+        """Validation samples of a client at most, from the number that it trains on."""
+        share = self.validation_fraction
+        return math.floor(share / (1 - share) * num_examples + 1e-9)
+
+    def most_tested(self, num_examples: int, num_labels: int) -> int:
+        """Samples that a client tests on at most; one with an own folder may have no test samples of its labels."""
+        return max(self.most_validation(num_examples), self.test_per_label * num_labels)
+
     @staticmethod
     def _check_at_least(key: str, value: int, least: int) -> None:
         if value != int(value) or value < least:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +19,25 @@ from flexfed.client_state import is_copy
 from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device, from_record, to_record
 from flexfed.jobs import Assignment, Job, Update
-from flexfed.submodel import Submodel, pack, unflatten, unpack
+from flexfed.submodel import Submodel, pack, unflatten, unpack, within
 from flexfed.training import Evaluation
 from flexfed.units import Arrays, Layout
 
 CHANGED = "changed-config"
 """Key of a message's config: JSON of the run configuration's keys that differ from what its clients were given."""
 
+MOST_PARTITIONS = 1_000_000
+"""What a client may say there are."""
+
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 _RAW = "flexfed.raw"  # bytes of a C-ordered array, without numpy's header: read without a copy
 _FLOATS = ("float32", "float64")
 _DTYPES = (*_FLOATS, "int8", "uint8")
+_MOST_AXES = 8
+_LONGEST_AXIS = 2**40  # beyond it products overflow somewhere
+_LONGEST_REASON = 20_000  # characters of a client's error that are looked at
+_REPLY = ("arrays", "submodel", "metrics", "told")  # the records of a reply; the last one need not be there
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Interrupt|Exit)\b", re.MULTILINE)
 _WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<(?:'|\")?(.*?)(?:'|\")?>")
@@ -44,13 +52,17 @@ def from_array(array: Array) -> np.ndarray:
     """A read-only view of an array that `to_array` made.
 
     Raises:
-        ValueError: another encoding, a type that never travels, or bytes that do not fit the shape.
+        ValueError: another encoding, a type that never travels, a shape that no array has, or bytes that do not fit
+            it. Nothing is allocated by what is claimed.
     """
     if array.stype != _RAW or array.dtype not in _DTYPES:
-        raise ValueError(f"arrays must be {' or '.join(_DTYPES)} as {_RAW!r}, got {array.dtype!r} as {array.stype!r}")
+        got = f"{array.dtype[:40]!r} as {array.stype[:40]!r}"
+        raise ValueError(f"arrays must be {' or '.join(_DTYPES)} as {_RAW!r}, got {got}")
+    if len(array.shape) > _MOST_AXES or not all(0 <= n <= _LONGEST_AXIS for n in array.shape):
+        raise ValueError(f"an array should have at most {_MOST_AXES} axes of 0 to 2^40 numbers each, and has others")
     shape = tuple(int(n) for n in array.shape)
     expected = math.prod(shape) * np.dtype(array.dtype).itemsize
-    if any(n < 0 for n in shape) or len(array.data) != expected:
+    if len(array.data) != expected:
         raise ValueError(f"an array of shape {shape} should have {expected} bytes, got {len(array.data)}")
     return np.frombuffer(array.data, dtype=array.dtype).reshape(shape)
 
@@ -226,8 +238,11 @@ def read_update(content: RecordDict, layout: Layout, asked: Assignment | None = 
         asked: what was sent, and how the reply is to be encoded.
 
     Raises:
-        ValueError: records are missing, or do not hold what a reply holds.
+        ValueError: records are missing, or nobody asked for them, or do not hold what a reply holds; or it claims
+            more than was sent.
     """
+    if unknown := sorted(content.keys() - set(_REPLY)):
+        raise ValueError(f"reply holds {', '.join(unknown[:3])[:99]!r}; expected {', '.join(_REPLY)} and nothing else")
     try:
         arrays = _record(content, "arrays", ArrayRecord)
         packed = _record(content, "submodel", ConfigRecord)
@@ -237,16 +252,25 @@ def read_update(content: RecordDict, layout: Layout, asked: Assignment | None = 
         raise ValueError(f"reply lacks {missing}; expected arrays/part, submodel and metrics/weight") from missing
     weight = metrics.pop("weight", math.nan)
     told_numbers = {"weight": weight, **metrics}
-    wrong = {k: v for k, v in told_numbers.items() if not (isinstance(v, int | float) and math.isfinite(v))}
-    if wrong:  # the others may depend on the clock, and this reason stands in the record of the run
+    if wrong := not_finite(told_numbers):  # the others may depend on the clock, and this reason stands in the record
         raise ValueError(f"weight and metrics of a reply must be finite numbers, got {wrong}")
     if weight <= 0:  # type: ignore[operator]
         raise ValueError(f"weight of a reply must be > 0, got {weight}")
     if not all(isinstance(value, bytes) for value in [*packed.values(), *told.values()]):
         raise ValueError("the submodel of a reply, and what it tells besides, must be bytes")
     submodel = unpack(layout, cast(Any, packed), asked.submodel if asked else None)
+    if asked is not None and not within(submodel, asked.submodel):
+        raise ValueError("it claims units or tensors that it was never sent")
     flat = decoded((asked.reply_codec if asked else "") or PLAIN, layout, submodel, arrays)
     return Update(submodel, flat, float(cast(float, weight)), cast(Any, metrics), told=cast(Any, told))
+
+
+def not_finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that are no finite numbers, as they may stand in a sentence."""
+    most = sys.float_info.max  # an integer beyond it is no float, and breaks whatever computes with it
+    wrong = {k: v for k, v in metrics.items() if not (isinstance(v, int | float) and abs(v) <= most)}
+    # integers of thousands of digits cannot be written out
+    return {k: f"{v.bit_length()} bits" if isinstance(v, int) else v for k, v in list(wrong.items())[:3]}
 
 
 def stored_model_content(server_round: int, extra: Mapping[str, Any]) -> RecordDict:
@@ -274,12 +298,16 @@ def read_evaluation(reply: Message) -> Evaluation:
     """
     if reply.has_error():
         raise ValueError(f"evaluation failed: {cause_of(reply.error)}")
-    metrics: Any = reply.content.metric_records.get("metrics", {})
+    if unknown := sorted(reply.content.keys() - {"metrics"}):
+        raise ValueError(f"evaluation reply should hold metrics and nothing else, got {unknown[0][:40]!r}")
     try:
+        metrics: Any = _record(reply.content, "metrics", MetricRecord)
+        if wrong := not_finite(metrics):
+            raise ValueError(f"numbers that are not finite: {wrong}")
         result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
-    except (KeyError, OverflowError, TypeError, ValueError) as cause:
+    except (KeyError, ValueError) as cause:
         raise ValueError(f"evaluation reply should hold correct, loss-sum and num-samples, got {cause!r}") from cause
-    if not (0 <= result.correct <= result.num_samples and math.isfinite(result.loss_sum)):
+    if not 0 <= result.correct <= result.num_samples:
         raise ValueError(f"evaluation reply is impossible: {result}")
     return result
 
@@ -305,9 +333,23 @@ def profile_content(device: Device, num_partitions: int) -> RecordDict:
 
 
 def read_profile(content: RecordDict) -> tuple[Device, int]:
-    """The device of a client, and how many partitions it believes there are."""
-    device = from_record(dict(content.config_records["device"]))
-    return device, int(cast(int, content.config_records["config"]["num-partitions"]))
+    """The device of a client, and how many partitions it believes there are.
+
+    Raises:
+        ValueError: it is no profile, or tells of a device or of numbers that cannot be.
+    """
+    if set(content) != {"device", "config"}:
+        raise ValueError(f"a profile should hold device and config, got {', '.join(sorted(content)[:3])[:99]!r}")
+    try:
+        device = from_record(dict(_record(content, "device", ConfigRecord)))
+        partitions = _record(content, "config", ConfigRecord)["num-partitions"]
+    except KeyError as missing:
+        raise ValueError(f"a profile lacks {missing}") from missing
+    if not (isinstance(partitions, int) and not isinstance(partitions, bool) and 1 <= partitions <= MOST_PARTITIONS):
+        raise ValueError(f"num-partitions of a profile should be a whole number from 1 to {MOST_PARTITIONS:,}")
+    if device.partition >= partitions:
+        raise ValueError(f"a profile of partition {device.partition} should be one of 0..{partitions - 1}")
+    return device, partitions
 
 
 def cause_of(error: Error) -> str:
@@ -316,7 +358,10 @@ def cause_of(error: Error) -> str:
     Flower's runtimes word it differently (a coloured traceback under Ray, `<class 'ValueError'>:<'...'>` from a
     SuperNode), and the record of a run should not depend on which one it was.
     """
-    text = _COLOUR.sub("", error.reason or "").strip() or f"error code {error.code}"
+    text = error.reason or ""
+    if len(text) > _LONGEST_REASON:  # what was raised stands at its end
+        text = text[: _LONGEST_REASON // 2] + " ... " + text[-_LONGEST_REASON // 2 :]
+    text = _COLOUR.sub("", text).strip() or f"error code {error.code}"
     if "Traceback (most recent call last)" in text:
         text = text[max((m.start() for m in _RAISED.finditer(text)), default=0) :]
     text = " ".join(text.split())
@@ -324,7 +369,29 @@ def cause_of(error: Error) -> str:
     return f"{wrapped[1]}: {wrapped[2]}" if wrapped else text
 
 
+def in_one_line(reason: str) -> str:
+    """A reason for the log and the record: what clients say may hold anything, terminal commands too."""
+    line = " ".join(reason[:_LONGEST_REASON].split())[:300]
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 def num_bytes(message: Message) -> int:
-    """Bytes of a message's content: arrays, keys and values."""
-    content = message.content
-    return sum(record.count_bytes() for record in content.values())
+    """Bytes of a message's content: arrays, keys and values.
+
+    As Flower counts them, but for empty values: there its counting raises, and whoever sends one must not gain by it.
+    """
+    return sum(_record_bytes(record) for record in message.content.values())
+
+
+def _record_bytes(record: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(record, ArrayRecord):
+        return sum(len(name) + len(array.data) for name, array in record.items())
+    return sum(len(key) + _value_bytes(value) for key, value in record.items())
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_value_bytes, value))
+    if isinstance(value, str | bytes):
+        return len(value)
+    return 1 if isinstance(value, bool) else 8

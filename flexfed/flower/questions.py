@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flexfed.devices import Device
-from flexfed.flower.messages import code_fingerprint, from_array, to_record_of_arrays
+from flexfed.flower.messages import code_fingerprint, from_array, not_finite, to_record_of_arrays
 from flexfed.jobs import Scalar
 from flexfed.questions import Answer, Question
 from flexfed.units import Arrays
@@ -55,18 +54,27 @@ def answer_content(answer: Answer) -> RecordDict:
     return RecordDict({"metrics": MetricRecord(cast(Any, metrics)), "arrays": to_record_of_arrays(answer.arrays)})
 
 
-def read_answer(content: RecordDict) -> Answer:
+def read_answer(content: RecordDict, arrays: Mapping[str, str] | None = None) -> Answer:
     """An answer, checked as far as it can be without asking the method.
 
+    Args:
+        content: of the message.
+        arrays: name -> dtype of those it should hold; None = any.
+
     Raises:
-        ValueError: records are missing, or hold no finite numbers or no arrays.
+        ValueError: records are missing, or nobody asked for them, or hold no finite numbers or other arrays.
     """
-    try:
-        metrics = dict(content.metric_records["metrics"])
-        record = content.array_records["arrays"]
-    except KeyError as missing:
-        raise ValueError(f"answer lacks {missing}; expected metrics and arrays") from missing
-    wrong = {k: v for k, v in metrics.items() if not (isinstance(v, int | float) and math.isfinite(v))}
-    if wrong:
+    if unknown := sorted(content.keys() - {"metrics", "arrays"}):
+        raise ValueError(f"answer should hold metrics and arrays and nothing else, got {unknown[0][:40]!r}")
+    metrics, record = content.get("metrics"), content.get("arrays")
+    if not (isinstance(metrics, MetricRecord) and isinstance(record, ArrayRecord)):
+        lacks = "arrays" if isinstance(metrics, MetricRecord) else "metrics"
+        raise ValueError(f"answer lacks {lacks!r}; expected metrics and arrays")
+    if wrong := not_finite(metrics):
         raise ValueError(f"metrics of an answer must be finite numbers, got {wrong}")
-    return Answer(cast(Any, metrics), {name: from_array(array) for name, array in record.items()})
+    found = {name: from_array(array) for name, array in record.items()}
+    told = {name: str(values.dtype) for name, values in found.items()}
+    if arrays is not None and told != arrays:
+        differ = sorted(name[:40] for name in told.keys() | arrays.keys() if told.get(name) != arrays.get(name))
+        raise ValueError(f"arrays of an answer should be {dict(arrays)}; they differ in {', '.join(differ[:3])}")
+    return Answer(cast(Any, dict(metrics)), found)
