@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flexfed.devices import Device
-from flexfed.flower.messages import cause_of, code_fingerprint, read_profile
+from flexfed.flower.limits import refuse_large
+from flexfed.flower.messages import cause_of, code_fingerprint, in_one_line, read_profile
 
 log = logging.getLogger("flwr")
 _WAIT_S = 60.0  # for nodes that have not connected yet, and for their profiles
 _POLL_S = 0.02
 _RAISED = 2  # Flower's code of an error that the ClientApp raised
+MOST_BYTES = 1_000_000
+"""Of a profile; its labels are the most of it."""
 
 
 class Federation:
@@ -25,7 +29,7 @@ class Federation:
         devices: of all that ever told their profile, by partition; another object whenever somebody new comes.
         nodes: partition -> node id.
         present: the partitions that are connected and free to work.
-        num_partitions: that the clients speak of, here or not.
+        num_partitions: that most clients speak of, here or not; who speaks of another number is left out.
     """
 
     def __init__(self) -> None:
@@ -36,10 +40,13 @@ class Federation:
         self._partitions: dict[int, int] = {}  # node id -> partition
         self._settled: set[int] = set()  # connected nodes that need not be asked who they are
         self._grid: Grid | None = None
+        self._claims: dict[int, int] = {}  # partition -> number of partitions that its client speaks of
         self._reasons: list[str] = []  # why nodes did not become clients
 
     def meet(self, grid: Grid, timeout: float) -> None:
-        """Ask every node who it is; waits until as many answer as the first one says there are.
+        """Ask every node who it is; waits until as many answer as most of them say there are.
+
+        A node whose profile cannot be, or that says it is a partition that another one is already, is left out.
 
         Raises:
             RuntimeError: nobody answered, or all that did have other code; says what they said.
@@ -56,6 +63,7 @@ class Federation:
                 break
             else:
                 time.sleep(_POLL_S)
+        self._leave_out_of_other_fleets()
         if not self.devices:
             why = self._reasons[0] if self._reasons else "none connected"
             raise RuntimeError(f"no client answered the profile query: {why}")
@@ -85,6 +93,7 @@ class Federation:
         self._settled &= connected  # who comes back may be another device now
         if new := sorted(connected - self._settled):
             self._ask(new, connected, _WAIT_S)
+            self._leave_out_of_other_fleets()
         busy: set[int] = getattr(self._grid, "busy", set)()
         here = frozenset(p for p, node in self.nodes.items() if node in connected and node not in busy)
         if here != self.present:
@@ -103,16 +112,30 @@ class Federation:
             del reply
         if devices != self.devices:
             self.devices = dict(sorted(devices.items()))
+        if not self.present:  # of the first meeting: later ones have to agree with it
+            claims = Counter(self._claims.values())
+            self.num_partitions = max(((many, claim) for claim, many in claims.items()), default=(0, 0))[1]
+
+    def _leave_out_of_other_fleets(self) -> None:
+        """Who speaks of another number of partitions has the data of another partition than we believe."""
+        others = {p: self.nodes[p] for p, claim in self._claims.items() if claim != self.num_partitions}
+        for partition, node in others.items():
+            why = f"it says that there are {self._claims.pop(partition)} partitions, most others {self.num_partitions}"
+            self._leave_out(node, why, for_good=True)
+            del self.nodes[partition], self._partitions[node]
+        if others:
+            self.devices = {p: device for p, device in self.devices.items() if p not in others}
 
     def _learn(self, reply: Message, connected: set[int], devices: dict[int, Device]) -> None:
         node = self._node_of(reply)
         if reply.has_error():
-            self._leave_out(node, cause_of(reply.error), for_good=reply.error.code == _RAISED)
+            self._leave_out(node, in_one_line(cause_of(reply.error)), for_good=reply.error.code == _RAISED)
             return
         try:
+            refuse_large(reply, MOST_BYTES)
             device, num_partitions = read_profile(reply.content)
-        except (KeyError, TypeError, ValueError) as cause:
-            self._leave_out(node, f"its profile is not one: {cause!r}", for_good=True)
+        except ValueError as cause:
+            self._leave_out(node, in_one_line(f"its profile is not one: {cause}"), for_good=True)
             return
         other = self.nodes.get(device.partition, node)
         if other != node and other in connected:
@@ -124,9 +147,8 @@ class Federation:
         self.nodes.pop(self._partitions.get(node, -1), None)
         self._partitions.pop(other, None)
         self.nodes[device.partition], self._partitions[node] = node, device.partition
-        devices[device.partition] = device
+        devices[device.partition], self._claims[device.partition] = device, num_partitions
         self._settled.add(node)
-        self.num_partitions = max(self.num_partitions, num_partitions)
 
     def _leave_out(self, node: int, reason: str, for_good: bool) -> None:
         """Go on without a node; one that is not left out for good is asked again before the next round."""
