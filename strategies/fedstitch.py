@@ -117,7 +117,7 @@ class FedStitch(StitchRun):
             return scoring(partition).work(min(self.config.score_images, self._examples(partition)), size)
 
         def receive(partition: int, answer: Answer) -> None:
-            scores = answer.arrays.get("scores", np.zeros(0)).astype(np.float64)
+            scores = np.array(answer.arrays["scores"])  # what is kept must not hold the message
             if wrong := valid_scores(scores, len(candidates)):
                 raise ValueError(wrong)
             ballots[partition] = Ballot(scores, self._examples(partition))

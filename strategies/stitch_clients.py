@@ -173,9 +173,7 @@ class Total:
         Raises:
             ValueError: they cannot be added.
         """
-        nothing = np.zeros((0, 0))
-        gram, cross = (answer.arrays.get(name, nothing) for name in ("gram", "cross"))
-        told = Sums(gram, cross, int(answer.metrics.get("rows", -1)))
+        told = Sums(answer.arrays["gram"], answer.arrays["cross"], int(answer.metrics.get("rows", -1)))
         if wrong := self._valid(told, *self._channels):
             raise ValueError(wrong)
         if told.num_rows > (most := self._most(partition)):
