@@ -170,7 +170,7 @@ class StreamingGrid(Grid):
         return self._grid.pull_messages(message_ids)
 
     def origin(self, reply: Message) -> int:
-        """The node that a reply belongs to; errors made by the SuperLink do not name it themselves."""
+        """The node that a reply belongs to, whatever the reply says; errors made by the SuperLink name none."""
         return self._origins.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
     def busy(self) -> set[int]:
