@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from toy import ScriptedGrid
 
-from flexfed.flower.grid import InProcessGrid, StreamingGrid
+from flexfed.flower.grid import InProcessGrid, StreamingGrid, is_simulated, stream
 
 app = ClientApp()
 
@@ -210,3 +211,147 @@ def test_other_calls_reach_the_wrapped_grid() -> None:
     assert list(stream.get_node_ids()) == list(grid.get_node_ids())
     ids = list(stream.push_messages([question(grid, 1, 8)]))
     assert answers(stream.pull_messages(ids)) == [8]
+
+
+# --- real devices -----------------------------------------------------------------------------------------------
+
+
+class Trickle(Watched):
+    """One reply comes with each question for replies; the time moves on by a second then."""
+
+    def __init__(self, clients: int, monkeypatch: pytest.MonkeyPatch):
+        super().__init__(clients)
+        self.now, self.asked = 0.0, list[list[str]]()
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        self.asked.append(list(message_ids))
+        self.now += 1.0
+        return super().pull_messages(self.asked[-1][:1])
+
+
+@pytest.mark.parametrize(("real_time", "answered"), [(True, 3), (False, 8)])
+def test_a_round_on_real_devices_closes_at_its_deadline_though_replies_still_come(
+    real_time: bool, answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated devices take turns: there, time counts from the last reply."""
+    grid = Trickle(8, monkeypatch)
+    stream = StreamingGrid(grid, ordered=False, in_flight=None if real_time else 8, real_time=real_time)
+    replies = list(stream.send_and_receive((question(grid, p, p) for p in range(8)), timeout=2.5))
+    assert sum(not reply.has_error() for reply in replies) == answered
+    assert len(replies) == 8
+
+
+def test_what_comes_after_the_deadline_is_dropped_and_its_node_is_busy_until_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = Trickle(4, monkeypatch)
+    stream = StreamingGrid(grid, ordered=False, in_flight=None, real_time=True)
+    nodes = list(grid.get_node_ids())
+    replies = list(stream.send_and_receive((question(grid, p, p) for p in range(4)), timeout=0.5))
+    assert sum(reply.has_error() for reply in replies) == 3
+    late = {stream.origin(reply) for reply in replies if reply.has_error()}
+    assert late < set(nodes)
+    assert len(stream.busy()) == 2  # one reply more came with the question
+    assert stream.busy() < late
+    assert stream.busy() == set()
+    again = list(stream.send_and_receive([question(grid, 0, 9)], timeout=5))
+    assert answers(again) == [9]
+
+
+def test_jobs_of_a_real_round_that_is_over_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that finds its job when nobody waits any longer should not work for it."""
+    for real_time, lives in ((True, 7.0), (False, 43_200.0)):
+        message = question(Watched(1), 0)
+        list(StreamingGrid(Watched(1), real_time=real_time, poll_s=0).send_and_receive([message], timeout=3.5))
+        assert message.metadata.ttl == lives
+
+
+def test_everything_is_sent_to_real_devices_before_replies_are_asked_for() -> None:
+    grid = Watched(4)
+    pushed_at_first_pull: list[int] = []
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: (pushed_at_first_pull.append(grid.pushed), pull(ids))[1]  # type: ignore[method-assign]
+    stream = StreamingGrid(grid, ordered=False, in_flight=None, poll_s=0, real_time=True)
+    assert len(list(stream.send_and_receive(question(grid, n % 4, n) for n in range(200)))) == 200
+    assert pushed_at_first_pull[0] == 200
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(10, 64), (100_000, 20), (3_000_000, 1)])
+def test_fewer_large_replies_are_pulled_at_once(size: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one request brings is in memory together."""
+    monkeypatch.setattr("flexfed.flower.grid.PULLED_BYTES", 2_000_000 + 20 * 1000)
+    grid, asked = Watched(4), list[int]()
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: (asked.append(len(ids)), pull(ids))[1]  # type: ignore[method-assign]
+    stream = StreamingGrid(grid, ordered=False, in_flight=None, poll_s=0, real_time=True)
+
+    def large(n: int) -> Message:
+        message = question(grid, n % 4, n)
+        message.content.config_records["config"]["padding"] = bytes(size)
+        return message
+
+    assert len(list(stream.send_and_receive(large(n) for n in range(70)))) == 70
+    assert max(asked) == at_once
+    assert stream.busy() == set()
+
+
+class Unreadable(Watched):
+    """Flower's grid as it behaves where the objects of a reply are no objects."""
+
+    error: Exception = ValueError("bad object")
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        ids = list(message_ids)
+        if any(self.partition(self.requests[i]) == 1 for i in ids):
+            raise self.error
+        return super().pull_messages(ids)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("error", [ValueError("bad object"), RecursionError("deep"), KeyError("x")])
+def test_a_reply_that_cannot_be_read_is_an_error_of_its_node_alone(ordered: bool, error: Exception) -> None:
+    grid = Unreadable(4)
+    grid.error = error
+    stream = StreamingGrid(grid, ordered=ordered, poll_s=0.001, real_time=True)
+    replies = list(stream.send_and_receive([question(grid, p, p) for p in range(4)], timeout=10))
+    bad = [reply for reply in replies if reply.has_error()]
+    assert sorted(answers(r for r in replies if not r.has_error())) == [0, 2, 3]
+    assert [stream.origin(reply) for reply in bad] == [list(grid.get_node_ids())[1]]
+    assert f"its reply cannot be read: {type(error).__name__}" in bad[0].error.reason
+    assert stream.busy() == set()
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), ConnectionError("gone"), TimeoutError()])
+def test_a_superlink_that_is_gone_is_no_fault_of_a_client(error: Exception) -> None:
+    grid = Unreadable(4)
+    grid.error = error
+    with pytest.raises(type(error)):
+        list(StreamingGrid(grid).send_and_receive([question(grid, p, p) for p in range(4)]))
+
+
+@pytest.mark.parametrize(
+    ("order", "in_flight", "simulated", "expected"),
+    [
+        ("auto", 0, True, (True, 64, 0.02, False)),
+        ("auto", 0, False, (False, None, 0.25, True)),
+        ("cohort", 0, False, (True, 64, 0.25, True)),
+        ("arrival", 0, True, (False, 64, 0.02, False)),
+        ("arrival", 7, False, (False, 7, 0.25, True)),
+    ],
+)
+def test_how_replies_are_taken_follows_from_what_is_behind_the_grid(
+    order: str, in_flight: int, simulated: bool, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexfed.flower.grid.is_simulated", lambda grid: simulated)
+    made = stream(Watched(1), order, in_flight)
+    assert (made._ordered, made._in_flight, made._poll_s, made._real_time) == expected
+
+
+def test_flowers_engine_and_this_process_are_simulated_and_nothing_else() -> None:
+    from flwr.superlink.grid import HttpGrid, InMemoryGrid
+
+    assert is_simulated(InProcessGrid(app, 1))
+    assert is_simulated(object.__new__(InMemoryGrid))
+    assert not is_simulated(object.__new__(HttpGrid))
