@@ -51,11 +51,13 @@ class Flower:
         home: FLWR_HOME; nothing else has it, so a process with it in its environment is ours.
         program: the `flwr` executable.
         env: environment of everything started here.
+        connection: name of the SuperLink in its configuration.
     """
 
     home: Path
     program: Path
     env: Mapping[str, str]
+    connection: str = "local"
 
     def start(self, *args: str, stderr: int = subprocess.STDOUT) -> subprocess.Popen[str]:
         """Start `flwr` with these arguments, in an empty directory, out of reach of the terminal's Ctrl-C."""
@@ -200,7 +202,7 @@ def submit(flower: Flower, app_dir: Path, values: Mapping[str, Scalar], supernod
 def follow(flower: Flower, run_id: str, echo: Echo, how: str = "--stream") -> Path | None:
     """Show the run's log until it ends; return the folder that the server app named in it."""
     folder = None
-    process = flower.start("log", run_id, "local", how)
+    process = flower.start("log", run_id, flower.connection, how)
     try:
         assert process.stdout is not None
         for line in process.stdout:
@@ -217,7 +219,7 @@ def follow(flower: Flower, run_id: str, echo: Echo, how: str = "--stream") -> Pa
 def wait_until_finished(flower: Flower, run_id: str) -> Mapping[str, Any]:
     """Ask for the run until Flower says that it is over; the log may end a moment before that."""
     while True:
-        run: Mapping[str, Any] = (flower.ask("ls", "local", "--run-id", run_id).get("runs") or [{}])[0]
+        run: Mapping[str, Any] = (flower.ask("ls", flower.connection, "--run-id", run_id).get("runs") or [{}])[0]
         if str(run.get("status", "")).startswith("finished"):
             return run
         time.sleep(_POLL_S)

@@ -1,15 +1,10 @@
-"""The app in Flower's own processes: the local SuperLink with Ray, and a SuperLink with two SuperNodes on loopback."""
+"""The app in Flower's own processes: the local SuperLink with Ray."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,7 +14,6 @@ from flexfed.launch import follow, private_flower, run_simulation, submit
 from flexfed.launch import wait_until_finished as wait_until_over
 from flexfed.overrides import with_resumed
 from flexfed.processes import marked_processes
-from flexfed.runs import load_run
 
 APP = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -106,117 +100,3 @@ def our_superlinks() -> list[int]:
             if any("flower-superlink" in word for word in command) and "/flexfed-" in home:
                 found.append(process.pid)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running(*command: str, env: Mapping[str, str], cwd: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours, with everything that it starts; ended at the end."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=dict(env), cwd=cwd, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    import psutil
-
-    family = []
-    with contextlib.suppress(psutil.Error):
-        family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(20)
-    for child in family:
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-
-
-def flwr(*args: str, env: Mapping[str, str], cwd: Path) -> dict[str, object]:
-    command = [str(BIN / "flwr"), *args, "--format", "json"]
-    done = subprocess.run(command, env=dict(env), cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    answer: dict[str, object] = json.loads(done.stdout[done.stdout.index("{") :])
-    return answer
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
-    """A SuperLink and two SuperNodes, one of small capacity, one that measures its memory; (environment, directory)."""
-    home, cwd, port = tmp_path / "home", tmp_path / "cwd", free_port()
-    for folder in (home, cwd):
-        folder.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "fleet"\n[superlink.fleet]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    env = {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",  # one program starts the next by its name
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-    with contextlib.ExitStack() as stack:
-        superlink = [str(BIN / "flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-        options = ["--disable-runtime-dependency-installation"]
-        stack.enter_context(running(*superlink, *options, env=env, cwd=cwd, log=tmp_path / "superlink.log"))
-        wait_for_port(port)
-        for partition, device in enumerate(("capacity=0.35", "memory-bytes=4e9 measure-memory=true")):
-            told = f'partition-id={partition} num-partitions=2 {device} kind="node{partition}"'
-            node = [str(BIN / "flower-supernode"), "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            place = ["--port", str(free_port()), "--node-config", told]
-            stack.enter_context(running(*node, *place, env=env, cwd=cwd, log=tmp_path / f"node{partition}.log"))
-        yield env, cwd
-
-
-def wait_for_port(port: int, seconds: float = 60) -> None:
-    end_at = time.monotonic() + seconds
-    while time.monotonic() < end_at:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"nothing listens on port {port}")
-
-
-def test_the_same_app_runs_on_a_superlink_with_two_supernodes(
-    fleet: tuple[dict[str, str], Path], tmp_path: Path
-) -> None:
-    """Two rounds of FlexFL; the weak node never gets more than it declared."""
-    env, cwd = fleet
-    overrides = f'runs-dir="{tmp_path / "runs"}" num-server-rounds=2 fraction-train=1.0 fraction-evaluate=0.0'
-    started = flwr("run", str(APP), "fleet", "-c", overrides, env=env, cwd=cwd)
-    status = wait_until_finished(str(started["run-id"]), env, cwd)
-    logs = "\n".join(log.read_text(errors="replace")[-3000:] for log in tmp_path.glob("*.log"))
-    assert status == "finished:completed", logs
-    run = load_run(only_run(tmp_path / "runs"))
-    assert run.summary is not None
-    assert len(run.rounds) == 2
-    assert [line["failed"] + line["refused"] for line in run.rounds] == [[], []], logs
-    assert sum(sum(line["trained"].values()) for line in run.rounds) >= 2
-    assert run.summary["clients"] == 2
-
-
-def wait_until_finished(run_id: str, env: Mapping[str, str], cwd: Path, seconds: float = 300) -> str:
-    end_at = time.monotonic() + seconds
-    status = ""
-    while time.monotonic() < end_at:
-        runs = flwr("ls", "fleet", "--run-id", run_id, env=env, cwd=cwd)["runs"]
-        assert isinstance(runs, list)
-        status = str(runs[0]["status"])
-        if status.startswith("finished"):
-            return status
-        time.sleep(2)
-    return status

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Starts the SuperLink of a fleet: TLS, SuperNodes known by their keys, a database that outlives it.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+usage: superlink.sh [-H ADDRESS] [-p PORT] [-w FOLDER] FOLDER [OPTION...]
+
+  FOLDER      has ca.crt, server.pem and server.key, made by certificates.sh
+  -H ADDRESS  to listen at (127.0.0.1: this machine only); 0.0.0.0 for all. Read in README.md beside this script who
+              may then submit runs.
+  -p PORT     to listen at (8000)
+  -w FOLDER   where its database and its working directory are (superlink in the first FOLDER)
+  -h          this help
+
+Whatever follows goes to flower-superlink, which has to be in PATH with its companions, as an active virtual
+environment has them.
+END
+}
+
+host=127.0.0.1 port=8000 state=''
+while getopts 'H:p:w:h' option; do
+  case $option in
+    H) host=$OPTARG ;;
+    p) port=$OPTARG ;;
+    w) state=$OPTARG ;;
+    h) usage && exit 0 ;;
+    *) usage >&2 && exit 2 ;;
+  esac
+done
+shift $((OPTIND - 1))
+(($# > 0)) || { usage >&2 && exit 2; }
+for file in ca.crt server.pem server.key; do
+  [[ -r $1/$file ]] || { echo "superlink.sh: $1 lacks $file; certificates.sh makes it" >&2 && exit 1; }
+done
+folder=$(cd "$1" && pwd)
+shift
+mkdir -p "${state:-$folder/superlink}/empty"
+state=$(cd "${state:-$folder/superlink}" && pwd)
+
+# The apps' dependencies are those of this environment, not installed anew for each run; nothing is told to anyone.
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+cd "$state/empty" # modules in a working directory could stand in for the app's
+exec flower-superlink --host "$host" --port "$port" \
+  --ssl-ca-certfile "$folder/ca.crt" --ssl-certfile "$folder/server.pem" --ssl-keyfile "$folder/server.key" \
+  --enable-supernode-auth --database "$state/state.db" --disable-runtime-dependency-installation "$@"

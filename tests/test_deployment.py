@@ -1,0 +1,142 @@
+"""A real fleet on loopback: TLS, SuperNodes known by their keys, and what each of them trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from fleet import Fleet, a_fleet, free_ports, write_digits
+
+import server_app
+from flexfed.config import Experiment
+from flexfed.cost import message_bytes, part_bytes
+from flexfed.data import load_server
+from flexfed.methods.flexfl import LEVELS, MAIN_LEVELS, largest_first
+from flexfed.overrides import defaults
+from strategies.flexfl import FlexFL
+
+pytestmark = pytest.mark.slow
+
+SIZES = tuple(LEVELS[level] for level in MAIN_LEVELS)
+ROUNDS = 2
+
+
+def seed_that_draws_every_size(rounds: int) -> int:
+    """The first seed with which FlexFL draws S, M and L once each, in every round: one for each device."""
+    able = {0: [0, 1, 2], 2: [1, 2], 4: [2]}
+    wanted = {0: 0, 1: 2, 2: 4}
+
+    def draws(seed: int) -> bool:
+        return all(largest_first(able, 3, np.random.default_rng([seed, r])) == wanted for r in range(1, rounds + 1))
+
+    return next(seed for seed in range(10_000) if draws(seed))
+
+
+CONFIG: Mapping[str, Any] = {
+    "strategy": "flexfl",
+    "dataset": "~/server-data",  # of the SuperLink's home: no SuperNode has such a folder
+    "proxy-fraction": 0.9,
+    "num-server-rounds": ROUNDS,
+    "seed": seed_that_draws_every_size(ROUNDS),
+    "fraction-train": 1.0,
+    "fraction-evaluate": 0.0,
+    "evaluate-every": 100,
+    "local-epochs": 1,
+    "flexfl.pretrain-epochs": 2,
+    "round-timeout": 240.0,
+}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Three SuperNodes with data and keys of their own, which hold S, M and L by their memory."""
+    with a_fleet(tmp_path_factory.mktemp("fleet")) as fleet:
+        write_digits(fleet.server.home / "server-data", range(200))
+        write_digits(fleet.server.home / "server-data", range(200, 400), "test")
+        fleet.start_superlink()
+        for number, size in enumerate(SIZES):
+            name = f"node{number}"
+            write_digits(fleet.add(name).home / "data", range(400 + 100 * number, 500 + 100 * number))
+            fleet.register(name)
+            fleet.start_node(name, f"{node_config(number, 3)} {memory_of(fleet, size)}")
+        with fleet.logs_if_it_fails():
+            fleet.wait(lambda: fleet.online() == 3, 90, "three SuperNodes")
+        yield fleet
+
+
+def node_config(partition: int, partitions: int) -> str:
+    return f'partition-id={partition} num-partitions={partitions} data-path="~/data" state-dir="~/state"'
+
+
+def memory_of(fleet: Fleet, size: str) -> str:
+    """The memory that holds a size and no larger one; the largest measures on the spot what it really has."""
+    strategy = server_of(fleet)
+    needed = strategy.budget.memory(strategy.levels()[size])
+    return f"memory-bytes={needed}" if size != "L" else "memory-bytes=4e9 measure-memory=true"
+
+
+@cache
+def server_of(fleet: Fleet) -> FlexFL:
+    """The server that the run will have, made here: it pre-trains, and its levels follow."""
+    config = {**defaults(Path(server_app.__file__).parent), **CONFIG}
+    config["dataset"] = str(fleet.server.home / "server-data")
+    experiment = Experiment.read(config)
+    server, _ = server_app._normalised(load_server(experiment.data))
+    task, _ = FlexFL.set_up(experiment, server.info, None)
+    strategy = FlexFL(experiment, task, server)
+    strategy.prepare(cast(Any, None))
+    return strategy
+
+
+def test_three_supernodes_train_what_fits_them_over_tls(fleet: Fleet) -> None:
+    """Each device gets another size of FlexFL's, from the memory that it declares, and only that travels.
+
+    A device shrinks what it cannot hold, and L, M and S each fit one device more than the one before: where all three
+    were trained, everyone trained its own.
+    """
+    with fleet.logs_if_it_fails():
+        run = fleet.start_run(CONFIG).finish()
+        strategy = server_of(fleet)
+        layout, levels = strategy.task.layout, strategy.levels()
+        assert run.summary is not None
+        assert run.summary["level-parameters"] == strategy.facts()["level-parameters"]
+        assert len(run.rounds) == ROUNDS
+        least = sum(part_bytes(layout, levels[size]) for size in SIZES)
+        most = sum(message_bytes(layout, levels[size]) for size in SIZES)
+        assert most < 3 * part_bytes(layout, levels["L"])
+        for line in run.rounds:
+            assert line["refused"] == line["failed"] == []
+            assert line["dispatched"] == line["trained"] == dict.fromkeys(SIZES, 1)
+            assert least < line["bytes-up"] <= most
+            assert least < line["bytes-down"] <= most
+
+
+def test_no_device_has_the_data_of_another_or_of_the_server(fleet: Fleet) -> None:
+    """Their folders are all that they have; the environment names no others."""
+    for machine in fleet.nodes.values():
+        assert [p.name for p in (machine.home / "data").iterdir()] == ["train-0.parquet"]
+        assert not (machine.home / "server-data").exists()
+        assert "FLEXFED_DATA" not in machine.env
+
+
+def test_a_key_that_is_not_registered_is_refused(fleet: Fleet) -> None:
+    fleet.add("stranger")
+    with fleet.logs_if_it_fails():
+        script = fleet.start_node("stranger", node_config(0, 3), pause=0)
+        assert script.wait(60) != 0
+    assert "Failed to activate SuperNode" in fleet.nodes["stranger"].log
+    assert fleet.online() == 3
+
+
+def test_who_speaks_without_tls_is_refused(fleet: Fleet) -> None:
+    """A SuperNode, and whoever would submit a run."""
+    place = ["--superlink", fleet.address, "--port", str(free_ports(1)[0]), "--max-retries", "1"]
+    program = fleet.add("plain").start("flower-supernode", "--insecure", *place)
+    with fleet.logs_if_it_fails():
+        assert program.wait(90) != 0
+        assert fleet.flower_answers("ls")
+        assert not fleet.flower_answers("ls", connection="insecure")
