@@ -61,7 +61,9 @@ for name in ${names[@]+"${names[@]}"}; do made+=("keys/$name" "keys/$name.pub");
 for file in "${made[@]}"; do
   [[ ! -e $folder/$file ]] || fail "$folder/$file is there already, and nothing is overwritten; nothing was made"
 done
-[[ -e $folder/ca.key || ! -e $folder/ca.crt ]] || fail "$folder has ca.crt but not its key; nothing was made"
+if [[ -e $folder/ca.key && ! -e $folder/ca.crt || ! -e $folder/ca.key && -e $folder/ca.crt ]]; then
+  fail "$folder has only one of ca.key and ca.crt; nothing was made"
+fi
 [[ $(printf '%s\n' "${made[@]}" | sort | uniq -d) == '' ]] || fail "a SuperNode's name is given twice"
 
 umask 077
