@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -543,6 +543,32 @@ def test_largest_first_drops_levels_nobody_is_left_for() -> None:
     assert np.mean(large) > 1.8
     assert min(len(chosen) for chosen in rounds) < 10
     assert largest_first({0: [5], 2: [], 4: []}, 30, np.random.default_rng(0)) == {5: 0}
+
+
+@pytest.mark.parametrize("num", [1, 10, 60])
+def test_largest_first_draws_as_if_it_looked_for_free_devices_anew_each_time(num: int) -> None:
+    """And looks once a level: with 10,000 devices anew each time is 100 million comparisons."""
+    for seed in range(50):
+        sizes = np.random.default_rng(seed).integers(0, 25, size=3)
+        able = {level: list(range(3, 3 + int(size))) for level, size in zip((0, 2, 4), sizes, strict=True)}
+        looked = {level: Looked(devices) for level, devices in able.items()}
+        rng = np.random.default_rng([seed, 1])
+        expected: dict[int, int] = {}
+        for level in sorted(rng.choice([0, 2, 4], size=num).tolist(), reverse=True):
+            if free := [p for p in able[level] if p not in expected]:
+                expected[free[int(rng.integers(len(free)))]] = level
+        assert largest_first(looked, num, np.random.default_rng([seed, 1])) == dict(sorted(expected.items()))
+        assert max(devices.times for devices in looked.values()) <= 1
+
+
+class Looked(list[int]):
+    """Counts how often it is looked through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.times += 1
+        return super().__iter__()
 
 
 def test_redraw_gives_up_where_devices_cannot_differ() -> None:

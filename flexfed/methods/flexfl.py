@@ -210,10 +210,11 @@ def eligible(capacities: Mapping[int, float], config: FlexFLConfig) -> dict[int,
 def largest_first(able: Mapping[int, Sequence[int]], num: int, rng: np.random.Generator) -> dict[int, int]:
     """Partition -> level: draw `num` levels, largest first to a free able device, or dropped (ours)."""
     chosen: dict[int, int] = {}
-    for level in sorted(rng.choice(sorted(able), size=num).tolist(), reverse=True):
-        free = [partition for partition in able[level] if partition not in chosen]
-        if free:
-            chosen[free[int(rng.integers(len(free)))]] = level
+    levels = rng.choice(sorted(able), size=num).tolist()
+    for level in sorted(set(levels), reverse=True):
+        free = [partition for partition in able[level] if partition not in chosen]  # once a level: fleets are large
+        for _ in range(min(levels.count(level), len(free))):
+            chosen[free.pop(int(rng.integers(len(free))))] = level
     return dict(sorted(chosen.items()))
 
 
