@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 from flwr.app import Message
 from toy import AVERAGING, ScriptedGrid, failure, final_model, lines, run_toy, same_bits, toy_config
+from toy_zoo import knobs, toy_zoos, write_zoo
 
 import client_app
 import server_app
@@ -266,3 +267,52 @@ def test_a_round_in_which_nobody_is_left_passes_and_the_run_goes_on(tmp_path: Pa
     scene = {1: ids(0, 1, 2), 2: {}, 3: ids(2)}
     run, _ = play(tmp_path, scene.__getitem__, values={"round-timeout": 0.2})
     assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [], [2]]
+
+
+# --- FedStitch: phases --------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_stitched_with_whoever_is_there(tmp_path: Path) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+    here = {1: ids(0, 1, 2), 2: ids(1, 2, 3), 3: ids(3)}
+    with toy_zoos():
+        values = {**knobs(zoo, path="0-5-10-3"), "num-server-rounds": 3, "fraction-train": 1.0}
+        run, stage = play(tmp_path, here.__getitem__, "fedstitch", values)
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [1, 2, 3], [3]]
+    assert [line["failed"] + line["refused"] for line in lines(run)] == [[], [], []]
+    assert {p for told, kind, p in stage.asked if told == 3 and kind != "query.profile"} == {3}
+
+
+@pytest.mark.parametrize("kind", ["train.stitch", "train.head"])
+def test_a_phase_with_too_few_answers_is_asked_once_more_from_the_start(kind: str, tmp_path: Path) -> None:
+    """What the first attempt brought is not counted twice."""
+    zoo, seen = write_zoo(tmp_path / "zoo"), list[int]()
+
+    def once(request: Message, reply: Message, partition: int) -> Message:
+        first = request.metadata.message_type == kind and request.metadata.group_id == "2" and partition not in seen
+        seen.extend([partition] if first else [])
+        return failure(request) if first and partition > 1 else reply
+
+    with toy_zoos():
+        values = {**knobs(zoo, path="0-5-10-3"), "num-server-rounds": 2, "min-replies": 3}
+        again = run_toy(tmp_path / "again", "fedstitch", values, alter=once)
+        whole = run_toy(tmp_path / "whole", "fedstitch", values)
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert [told["partition"] for told in lines(again)[1]["failed"]] == [2, 3]
+    assert lines(again)[1]["accuracy"] == lines(whole)[1]["accuracy"]
+    assert same_bits(final_model(again), final_model(whole))
+
+
+def test_a_phase_that_twice_has_too_few_answers_ends_the_run_with_what_there_is(tmp_path: Path) -> None:
+    zoo = write_zoo(tmp_path / "zoo")
+
+    def lost(request: Message, reply: Message, partition: int) -> Message:
+        hit = request.metadata.message_type == "train.head" and request.metadata.group_id == "2"
+        return failure(request) if hit and partition > 1 else reply
+
+    with toy_zoos():
+        values = {**knobs(zoo, path="0-5-10-3"), "num-server-rounds": 3, "min-replies": 3}
+        run = run_toy(tmp_path / "lost", "fedstitch", values, alter=lost)
+        short = run_toy(tmp_path / "short", "fedstitch", {**values, "num-server-rounds": 1})
+    assert [line["round"] for line in lines(run)] == [1, 2]
+    assert same_bits(final_model(run), final_model(short))
