@@ -217,18 +217,19 @@ def test_other_calls_reach_the_wrapped_grid() -> None:
 
 
 class Trickle(Watched):
-    """One reply comes with each question for replies; the time moves on by a second then."""
+    """Once all is sent, a reply comes with each question for replies; the time moves on by a second then."""
 
     def __init__(self, clients: int, monkeypatch: pytest.MonkeyPatch):
         super().__init__(clients)
-        self.now, self.asked = 0.0, list[list[str]]()
+        self.now, self.clients = 0.0, clients
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     def pull_messages(self, message_ids: Any) -> Any:
-        self.asked.append(list(message_ids))
+        if self.pushed < self.clients:
+            return []
         self.now += 1.0
-        return super().pull_messages(self.asked[-1][:1])
+        return super().pull_messages(list(message_ids)[:1])
 
 
 @pytest.mark.parametrize(("real_time", "answered"), [(True, 3), (False, 8)])
