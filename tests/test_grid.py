@@ -356,3 +356,19 @@ def test_flowers_engine_and_this_process_are_simulated_and_nothing_else() -> Non
     assert is_simulated(InProcessGrid(app, 1))
     assert is_simulated(object.__new__(InMemoryGrid))
     assert not is_simulated(object.__new__(HttpGrid))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_reply_to_a_message_that_nobody_waits_for_is_passed_over(ordered: bool) -> None:
+    class Stray(Watched):
+        def pull_messages(self, message_ids: Any) -> Any:
+            found = list(super().pull_messages(message_ids))
+            for reply in list(found):  # once more, as a reply to something else
+                again = Message(reply.content, reply_to=question(self, 0))
+                again.metadata.__dict__["_reply_to_message_id"] = "nobody"
+                found.append(again)
+            return found
+
+    grid = Stray(3)
+    replies = list(StreamingGrid(grid, ordered=ordered).send_and_receive([question(grid, p, p) for p in range(3)]))
+    assert answers(replies) == [0, 1, 2]
