@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from flexfed.clipping import clipped
 from flexfed.submodel import (
     Submodel,
     as_slice,
@@ -74,6 +75,11 @@ class Averager:
         layout: the network's numbering.
         previous: the global model; read, never written.
         per: divide by the weight that covers an entry, or by all weight.
+        most_norm: L2 norm to which a reply is scaled down that has a larger one (`flexfed.clipping`); 0 = none is.
+
+    Attributes:
+        total_weight: of the replies.
+        num_replies: that were folded; `num_clipped` of them scaled down.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Averager:
         layout: Layout,
         previous: Mapping[str, np.ndarray],
         per: Literal["coverage", "total"] = "coverage",
+        most_norm: float = 0.0,
     ):
         if per not in ("coverage", "total"):
             raise ValueError(f"per must be 'coverage' or 'total', got {per!r}")
@@ -101,8 +108,9 @@ class Averager:
         self._mask_bytes = 0  # of their masks
         self._mask_room = 4 * _num_entries(layout.shapes)  # as many as the model's, then they are counted
         self._counted: dict[str, np.ndarray] = {}
+        self._most_norm = most_norm
         self.total_weight = 0.0
-        self.num_replies = 0
+        self.num_replies = self.num_clipped = 0
 
     def add(self, submodel: Submodel, difference: np.ndarray, weight: float = 1.0) -> None:
         """Fold one reply and forget it.
@@ -129,6 +137,9 @@ class Averager:
             raise ValueError(f"a difference of {expected} numbers is expected, got shape {difference.shape}")
         flat = _shared(difference)
         refuse_non_finite(flat)
+        if self._most_norm and (bounded := clipped(difference, self._most_norm)) is not difference:
+            flat = torch.from_numpy(bounded)
+            self.num_clipped += 1
         pool = known or (self._new_pool(widest) if pooled and expected <= self._room and self._recur() else None)
         if pool is not None:
             if flat.shape == pool.total.shape:

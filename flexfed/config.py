@@ -62,6 +62,12 @@ class Settings:
             has replied, or is known to be lost.
         min_replies: a round (of FedStitch: a phase) with fewer valid replies leaves the model as it was. Before a round
             the server waits, up to `round_timeout`, until so many devices are there; a cohort has at least so many.
+        max_update_norm: largest L2 norm of what a reply holds, over all its numbers together and before it is weighed:
+            the difference of the trained and the received part, and where compressed's clients send gradients
+            (`compressed.mode`) the gradient. A reply beyond it is scaled down to it before it is folded, never refused
+            (`flexfed.clipping`); each round tells how many were ('clipped'). A narrow part has fewer numbers, and so a
+            smaller norm. It bounds what one client can do in a round, whatever its method; exploration (AutoFLIP) and
+            FedStitch, whose clients send no differences, are not bounded by it. 0 = off.
         stop_at_accuracy: the run ends after the first round whose `accuracy` is this or more; 0 = never.
         runs_dir: where run folders go; absolute or beginning with '~'.
         state_dir: where clients keep private state; '' = in the run folder. A node-config's own wins.
@@ -87,6 +93,7 @@ class Settings:
     replies_in_flight: int = 0
     round_timeout: float = 3600.0
     min_replies: int = 1
+    max_update_norm: float = 0.0
     stop_at_accuracy: float = 0.0
     seed: int = 1
     runs_dir: str = "~/.flexfed/runs"
@@ -116,6 +123,8 @@ class Settings:
             raise ValueError(f"seed must be in 0..{2**32 - 1}, got {self.seed}")
         if not (math.isfinite(self.round_deadline) and self.round_deadline >= 0):
             raise ValueError(f"round-deadline must be >= 0 modelled seconds, 0 = none, got {self.round_deadline}")
+        if not (math.isfinite(self.max_update_norm) and self.max_update_norm >= 0):
+            raise ValueError(f"max-update-norm must be >= 0, 0 = off, got {self.max_update_norm}")
         if not 0 <= self.stop_at_accuracy <= 1:
             raise ValueError(f"stop-at-accuracy must be a fraction in [0, 1], got {self.stop_at_accuracy}")
         absolute_path("runs-dir", self.runs_dir)

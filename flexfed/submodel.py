@@ -322,7 +322,12 @@ def unpack(layout: Layout, packed: Mapping[str, bytes], known: Submodel | None =
             raise ValueError(f"submodel names unknown tensors: {sorted(keys - layout.shapes.keys())[:3]}")
     cut = cast(Cut, packed.get("cut", b"all").decode(errors="replace"))  # Submodel refuses others
     if "masks" in packed:
-        if known is None or not known.masks or known.masks_key != packed["masks"] or not np.array_equal(units, known.units):
+        if (
+            known is None
+            or not known.masks
+            or known.masks_key != packed["masks"]
+            or not np.array_equal(units, known.units)
+        ):
             raise ValueError("submodel names masks that are not known here; expected the masks themselves")
         return Submodel(units, keys, known.masks, cut)
     shapes = narrow_shapes(layout, Submodel(units, keys, cut=cut)) if masked else {}

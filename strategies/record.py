@@ -35,6 +35,7 @@ class RoundRecord:
     client_seconds: float = 0.0  # of processor time, as the clients measured their training
     client_joules: float | None = None  # as their own meters told, where one had any
     losses: list[tuple[float, float]] = field(default_factory=list)  # (weight, loss)
+    clipped: int | None = None  # replies scaled down; None = the run clips none
     refused: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
@@ -112,6 +113,7 @@ class RoundRecord:
             + prepared,
             "joules": self.joules + self.before.joules,
             **self.before.line(),
+            **({} if self.clipped is None else {"clipped": self.clipped}),
             "refused": self.refused,
             "failed": self.failed,
             **self.quality,

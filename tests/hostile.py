@@ -362,7 +362,16 @@ def tensors_never_sent(v: Victim, rng: np.random.Generator) -> dict[str, Any] | 
     """Names of tensors: unknown ones, too few, or all of them, which nobody was asked to name."""
     records, names = v.fresh(), list(v.layout.shapes)
     few = "\n".join(names[: rng.integers(1, len(names))]).encode()
-    options = [b"no.such", NOT_UTF8, b"conv1.weight\nno.such", few, b"", b"\n\n", "\n".join(names).encode(), rng.bytes(50)]
+    options = [
+        b"no.such",
+        NOT_UTF8,
+        b"conv1.weight\nno.such",
+        few,
+        b"",
+        b"\n\n",
+        "\n".join(names).encode(),
+        rng.bytes(50),
+    ]
     records["submodel"]["keys"] = pick(rng, options)
     return records
 
@@ -473,7 +482,16 @@ def bad_ranking(v: Victim, rng: np.random.Generator) -> dict[str, Any] | None:
     good = records["told"]["ranking"]
     order = np.frombuffer(good, "<u2").copy()
     order[int(rng.integers(len(order)))] = pick(rng, [65535, 40_000, 30_000])
-    options = [good[:-1], good[:-2], b"", good + b"\0\0", good[::-1], rng.bytes(len(good)), order.tobytes(), bytes(len(good))]
+    options = [
+        good[:-1],
+        good[:-2],
+        b"",
+        good + b"\0\0",
+        good[::-1],
+        rng.bytes(len(good)),
+        order.tobytes(),
+        bytes(len(good)),
+    ]
     records["told"]["ranking"] = pick(rng, options)
     return records if rng.random() < 0.9 else {n: r for n, r in records.items() if n != "told"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from hostile import CHANGES, HUGE, Victim, pick
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from hostile import CHANGES, Victim, pick
 from toy import AVERAGING, ScriptedGrid, same_bits, toy_config
 
 import client_app
@@ -27,7 +26,7 @@ from flexfed.averaging import Averager
 from flexfed.config import Experiment
 from flexfed.data import load_server
 from flexfed.flower.grid import StreamingGrid
-from flexfed.flower.messages import num_bytes, to_record_of_arrays
+from flexfed.flower.messages import to_record_of_arrays
 from flexfed.units import Arrays
 from strategies import STRATEGIES
 from strategies.base import SubmodelStrategy
@@ -233,7 +232,7 @@ def test_no_lie_leaves_a_trace(setup: str, rounds: Callable[[str], Opened]) -> N
 
 
 def survive(open_round: Opened, partition: int, told: list[Lie], rng: np.random.Generator) -> None:
-    """One round with lies at any place between the other clients' replies; it must be as if the liar was never there."""
+    """One round, with lies between the other clients' replies; it must be as if the liar was never there."""
     strategy = open_round.again()
     honest = [(p, reply) for p, reply in open_round.replies.items() if p != partition]
     places = sorted(rng.integers(0, len(honest) + 1, len(told)).tolist())
