@@ -215,7 +215,7 @@ class SubmodelStrategy(MethodStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold replies one at a time; those that fail or do not validate count as never sampled."""
         server_round += self._offset
-        averager = Averager(self.task.layout, self._arrays, self.per)
+        averager = Averager(self.task.layout, self._arrays, self.per, self.settings.max_update_norm)
         for reply in replies:
             partition = self.federation.partition_of(reply)
             if reply.has_error():
@@ -227,6 +227,7 @@ class SubmodelStrategy(MethodStrategy):
                 except ValueError as cause:
                     self.note(self.record.refused, partition, str(cause))
             del reply
+        self.record.clipped = averager.num_clipped if self.settings.max_update_norm else None
         if averager.num_replies < self.settings.min_replies:
             self.record.is_void = bool(averager.num_replies)
             log.warning("round %s: %s; the model stays as it was", server_round, self._why_void(averager.num_replies))
