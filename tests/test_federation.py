@@ -123,13 +123,13 @@ def test_a_fleet_that_does_not_change_is_asked_who_it_is_once(tmp_path: Path) ->
 
 
 def test_who_comes_back_is_asked_again_who_it_is(tmp_path: Path) -> None:
-    """Also under another node id, as a SuperNode without a key has after a restart."""
+    """Under the same node id, or another one, as a SuperNode without a key has after a restart."""
     back = {0: 1000, 1: 2001, 2: 1002}
-    scene = {1: ids(0, 1, 2), 2: ids(0, 2), 3: back}
+    scene = {1: ids(0, 1, 2), 2: ids(2), 3: back}
     run, stage = play(tmp_path, scene.__getitem__)
     profiles = [partition for _, kind, partition in stage.asked if kind == "query.profile"]
-    assert profiles == [0, 1, 2, 1]
-    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    assert profiles == [0, 1, 2, 0, 1]
+    assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [2], [0, 1, 2]]
     assert lines(run)[2]["trained"] == {"full": 3}
 
 
