@@ -156,6 +156,38 @@ def test_a_node_that_says_it_is_another_ones_partition_waits_until_that_one_is_g
     assert profiles == [0, 1, 2, 1, 1]
 
 
+def test_a_node_that_comes_back_as_another_partition_is_that_one_from_then_on(tmp_path: Path) -> None:
+    class Other(Stage):
+        def open(self, server_round: int) -> None:
+            super().open(server_round)
+            if server_round == 3:  # node 1001, which was partition 1, now has the data of partition 3
+                self._contexts[1001], self._at[1001] = self._home[3], 3
+
+    scene = {1: ids(0, 1), 2: ids(0), 3: ids(0, 1)}
+    with patch.dict(globals(), Stage=Other):
+        run, _ = play(tmp_path, scene.__getitem__)
+    assert [line["cohort"] for line in lines(run)] == [[0, 1], [0], [0, 3]]
+    assert [line["failed"] for line in lines(run)] == [[]] * 3
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_client_of_another_fleet_is_left_out(late: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who divides the data by another number trains on other samples than the server believes."""
+
+    def lies(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "query.profile" and partition == 2:
+            reply.content.config_records["config"]["num-partitions"] = 9
+        return reply
+
+    first = ids(0, 1) if late else ids(0, 1, 2)
+    with caplog.at_level(logging.INFO, "flwr"):
+        run, stage = play(tmp_path, lambda r: first if r == 1 else ids(0, 1, 2), alter=lies)
+    assert "it says that there are 9 partitions, most others 4" in caplog.text
+    assert [line["cohort"] for line in lines(run)] == [[0, 1]] * 3
+    assert [p for _, kind, p in stage.asked if kind == "query.profile"].count(2) == 1
+    assert load_run(run).summary["clients"] == 2  # type: ignore[index]
+
+
 def test_a_client_with_other_code_is_asked_once_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def stale(request: Message, reply: Message, partition: int) -> Message:
         is_profile = request.metadata.message_type == "query.profile"
