@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts a SuperNode of a fleet, and starts it again whenever it ends.
 set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
   cat <<'END'
@@ -47,23 +48,5 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if ((pause == 0)); then exec "${command[@]}"; fi
 
-node='' stopped=''
-stop() {
-  stopped=1
-  [[ -z $node ]] || kill -TERM "$node" 2>/dev/null || true
-}
-trap stop TERM INT HUP
-set -m # each start is a process group of its own: what a killed SuperNode leaves behind can be ended with it
-while [[ -z $stopped ]]; do
-  "${command[@]}" &
-  node=$!
-  code=0
-  wait "$node" || code=$?
-  while kill -0 "$node" 2>/dev/null; do wait "$node" || code=$?; done # a signal to us ends `wait`, not the SuperNode
-  kill -KILL -- "-$node" 2>/dev/null || true
-  node=''
-  [[ -z $stopped ]] || break
-  echo "supernode.sh: $name ended with code $code; again in $pause s" >&2
-  sleep "$pause" &
-  wait $! || true
-done
+source "$here/keep.sh"
+keep "supernode.sh: $name" "$pause" "${command[@]}"

@@ -125,7 +125,7 @@ class Fleet:
     # What runs ------------------------------------------------------------------------------------------------
 
     def start_superlink(self, *options: str) -> None:
-        """Start the SuperLink, anew if it ran before; returns once it listens."""
+        """Start the SuperLink by its script; returns once it answers."""
         place = ["-H", self._host, "-p", str(self._port), str(self.trust)]
         self.server.start(str(SCRIPTS / "superlink.sh"), *place, *options)
         self.wait(lambda: self.flower_answers("ls"), 90, "the SuperLink to answer")
@@ -136,10 +136,16 @@ class Fleet:
         output, _ = process.communicate()
         return process.returncode == 0 and '"success": true' in output
 
-    def stop_superlink(self, number: signal.Signals) -> None:
-        """End the SuperLink with a signal; what it had started ends with it or by itself."""
-        self.server.programs[-1].send_signal(number)
-        self.server.programs[-1].wait(60)
+    def restart_superlink(self, killed: bool) -> None:
+        """Have the SuperLink start anew by its script: killed (-9), or as it is asked to with USR1."""
+        before = self.server.processes("bin/flower-superlink")
+        assert before
+        if killed:
+            self.server.kill("bin/flower-superlink")
+        else:
+            self.server.programs[-1].send_signal(signal.SIGUSR1)
+        self.wait(lambda: not before & self.server.processes("bin/flower-superlink"), 60, "the SuperLink to end")
+        self.wait(lambda: self.flower_answers("ls"), 90, "the SuperLink to answer again")
 
     def add(self, name: str, prefix: tuple[str, ...] = ()) -> Machine:
         """One more machine with a key; its data may be put into its home before it is started."""

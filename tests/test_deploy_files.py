@@ -10,14 +10,15 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flexfed.processes import marked_processes
+from flexfed.processes import marked_processes, stop_processes
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 needs_tools = pytest.mark.skipif(
@@ -160,10 +161,8 @@ def flower(tmp_path: Path) -> Callable[[str], Path]:
     def write(name: str, then: str = "") -> Path:
         program, calls = tmp_path / "bin" / name, tmp_path / "calls"
         program.parent.mkdir(exist_ok=True)
-        program.write_text(
-            f'#!/usr/bin/env bash\nprintf "%s\\n" "$PWD" "$FLWR_TELEMETRY_ENABLED$FLWR_DISABLE_UPDATE_CHECK" "$@" "" '
-            f'>>"{calls}"\n{then}\n'
-        )
+        quiet = "$FLWR_TELEMETRY_ENABLED$FLWR_DISABLE_UPDATE_CHECK"
+        program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$PWD" "{quiet}" "$0" "$@" "" >>"{calls}"\n{then}\n')
         program.chmod(0o755)
         return calls
 
@@ -174,30 +173,85 @@ def with_program(tmp_path: Path) -> dict[str, str]:
     return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
 
-def test_the_superlink_starts_with_tls_keys_and_a_database(
+@contextmanager
+def superlink(trust: Path, tmp_path: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """superlink.sh with programs of ours; it has ended at the end, and all that it started."""
+    command = [str(DEPLOY / "superlink.sh"), "-w", str(tmp_path / "state"), *args]
+    env = {**os.environ, **with_program(tmp_path), "FLEXFED_MARK": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as script:
+        try:
+            yield script
+        finally:
+            script.terminate()
+            try:
+                script.wait(20)
+            finally:
+                stop_processes(f"FLEXFED_MARK={tmp_path}")
+
+
+def started(calls: Path, program: str) -> list[list[str]]:
+    """The words with which a program was started, each time: where, how quiet, and its own."""
+    text = calls.read_text() if calls.exists() else ""
+    found = [call.split("\n") for call in text.split("\n\n") if call]
+    return [[where, quiet, *words] for where, quiet, name, *words in found if name.endswith(f"/{program}")]
+
+
+def test_the_superlink_starts_with_tls_keys_and_a_database_and_runs_have_processes_of_their_own(
     trust: Path, tmp_path: Path, flower: Callable[..., Path]
 ) -> None:
-    calls, state = flower("flower-superlink"), tmp_path / "state"
-    where = ["-H", "0.0.0.0", "-p", "8123", "-w", state]
-    done = run(DEPLOY / "superlink.sh", *where, trust, "--log-file", "a b", **with_program(tmp_path))
-    assert done.returncode == 0, done.stderr
-    place, quiet, *words = calls.read_text().splitlines()[:-1]
-    assert place == str(state / "empty")
-    assert quiet == "01"
-    assert words == [
-        *("--host", "0.0.0.0", "--port", "8123", "--ssl-ca-certfile", f"{trust}/ca.crt"),
-        *("--ssl-certfile", f"{trust}/server.pem", "--ssl-keyfile", f"{trust}/server.key"),
-        *("--enable-supernode-auth", "--database", f"{state}/state.db", "--disable-runtime-dependency-installation"),
+    flower("flower-superexec", "exec sleep 60")
+    calls, state = flower("flower-superlink", "exec sleep 60"), tmp_path / "state"
+    with superlink(trust, tmp_path, "-H", "0.0.0.0", "-p", "8123", str(trust), "--log-file", "a b"):
+        until(lambda: all(started(calls, name) for name in ("flower-superlink", "flower-superexec")))
+        (superlink_call,), (superexec_call,) = started(calls, "flower-superlink"), started(calls, "flower-superexec")
+    assert superlink_call == [
+        *(str(state / "empty"), "01", "--host", "0.0.0.0", "--port", "8123", "--ssl-ca-certfile", f"{trust}/ca.crt"),
+        *("--ssl-certfile", f"{trust}/server.pem", "--ssl-keyfile", f"{trust}/server.key", "--enable-supernode-auth"),
+        *("--database", f"{state}/state.db", "--isolation", "process", "--disable-runtime-dependency-installation"),
         *("--log-file", "a b"),
     ]
+    own = ["--runtime-api-address", "127.0.0.1:8123", "--root-certificates", f"{trust}/ca.crt"]
+    assert superexec_call == [str(state / "empty"), "01", *own]
 
 
-def test_a_superlink_listens_to_its_own_machine_unless_told_otherwise(
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("", "127.0.0.1"), ("::", "[::1]"), ("::1", "[::1]"), ("192.0.2.7", "192.0.2.7"), ("localhost", "localhost")],
+)
+def test_the_superexec_finds_its_superlink(
+    trust: Path, tmp_path: Path, flower: Callable[..., Path], host: str, own: str
+) -> None:
+    """And a SuperLink listens to its own machine unless told otherwise."""
+    flower("flower-superexec", "exec sleep 60")
+    calls = flower("flower-superlink", "exec sleep 60")
+    with superlink(trust, tmp_path, *(["-H", host] if host else []), str(trust)):
+        until(lambda: all(started(calls, name) for name in ("flower-superlink", "flower-superexec")))
+    assert started(calls, "flower-superlink")[0][2:6] == ["--host", host or "127.0.0.1", "--port", "8000"]
+    assert started(calls, "flower-superexec")[0][2:4] == ["--runtime-api-address", f"{own}:8000"]
+
+
+def test_a_superlink_that_ends_or_is_asked_to_start_anew_leaves_the_runs_alone(
     trust: Path, tmp_path: Path, flower: Callable[..., Path]
 ) -> None:
-    calls = flower("flower-superlink")
-    assert run(DEPLOY / "superlink.sh", "-w", tmp_path / "state", trust, **with_program(tmp_path)).returncode == 0
-    assert calls.read_text().splitlines()[2:6] == ["--host", "127.0.0.1", "--port", "8000"]
+    """One that does not heed TERM, as Flower's does not while somebody follows a log, is hurried."""
+    flower("flower-superexec", "exec sleep 60")
+    calls = flower(
+        "flower-superlink", "trap '' TERM; trap 'exit 0' INT; echo $$ >>\"$0.pid\"; while sleep 0.1; do :; done"
+    )
+    pids = tmp_path / "bin" / "flower-superlink.pid"
+    with superlink(trust, tmp_path, str(trust)) as script:
+        for starts, signalled in ((1, False), (2, True)):
+            until(lambda n=starts: pids.exists() and len(pids.read_text().split()) == n)  # type: ignore[misc]
+            if signalled:
+                script.send_signal(signal.SIGUSR1)
+            else:
+                os.kill(int(pids.read_text().split()[-1]), signal.SIGKILL)
+        until(lambda: len(started(calls, "flower-superlink")) == 3)
+        assert len(started(calls, "flower-superexec")) == 1
+        assert len(marked_processes(f"FLEXFED_MARK={tmp_path}")) > 3
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(20) == 0
+        assert not marked_processes(f"FLEXFED_MARK={tmp_path}")
 
 
 def test_a_supernode_has_its_key_and_its_words(trust: Path, tmp_path: Path, flower: Callable[..., Path]) -> None:
@@ -206,7 +260,7 @@ def test_a_supernode_has_its_key_and_its_words(trust: Path, tmp_path: Path, flow
     place = ["-s", "server:8123", "-p", "9100", "-r", "0"]
     done = run(DEPLOY / "supernode.sh", *place, trust, "node0", words, "--max-retries", "3", **with_program(tmp_path))
     assert done.returncode == 7
-    assert calls.read_text().splitlines()[1:-1] == [
+    assert started(calls, "flower-supernode")[0][1:] == [
         *("01", "--superlink", "server:8123", "--root-certificates", f"{trust}/ca.crt"),
         *("--auth-supernode-private-key", f"{trust}/keys/node0", "--port", "9100"),
         *("--node-config", words, "--max-retries", "3"),
@@ -221,10 +275,11 @@ def test_a_supernode_that_ends_is_started_again_until_it_is_told_to_stop(
     flower(
         "flower-supernode",
         f"""echo start >>"{starts}"
-        sleep 60 &
+        if (($(wc -l <"{starts}") == 1)); then sleep 60 & fi
         (($(wc -l <"{starts}") >= 3)) || exit 1
         trap 'echo stopped >>"{starts}"; exit 0' TERM
         echo ready >>"{starts}"
+        sleep 60 &
         wait""",
     )
     command = [str(DEPLOY / "supernode.sh"), "-r", "1", str(trust), "node0", "partition-id=0"]
