@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -90,13 +91,13 @@ class Fleet:
         folder: for everything.
         flower: of whoever submits runs.
         hosts: that the SuperLink listens at and SuperNodes reach it by; the first one is used.
-        prefix: of the SuperLink's machine.
+        prefix: of the SuperLink's machine, from which runs are submitted, too.
     """
 
     def __init__(self, folder: Path, flower: Flower, hosts: Sequence[str], prefix: tuple[str, ...] = ()):
         self._folder, self._host, self._port = folder, hosts[0], free_ports(1)[0]
         self.trust = folder / "trust"
-        self.flower = replace(flower, connection=CONNECTION)
+        self.flower = replace(flower, program=_behind(prefix, flower), connection=CONNECTION)
         self.server = self._machine("superlink", prefix)
         self.nodes: dict[str, Machine] = {}
         self.script("certificates.sh", "-o", str(self.trust), *hosts)
@@ -257,6 +258,16 @@ def a_fleet(folder: Path, hosts: Sequence[str] = ("127.0.0.1",), prefix: tuple[s
     for machine in (fleet.server, *fleet.nodes.values()):
         for program in machine.programs:
             program.wait(10)
+
+
+def _behind(prefix: Sequence[str], flower: Flower) -> Path:
+    """`flwr` as a program that has words before it."""
+    if not prefix:
+        return flower.program
+    program = flower.home / "flwr"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([*prefix, str(flower.program)])} "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    return program
 
 
 def command_line(pid: int) -> str:
