@@ -127,7 +127,8 @@ class FlexFL(WidthStrategy):
         }
         draw = largest_first if method.dispatch == "largest-first" else redraw
         chosen = draw(able, self.cohort_size(len(devices)), rng)
-        return {partition: self._assignment(level) for partition, level in chosen.items()}
+        jobs = {level: self._assignment(level) for level in set(chosen.values())}
+        return {partition: jobs[level] for partition, level in chosen.items()}
 
     def _assignment(self, level: int) -> Assignment:
         """The level, and what the device needs to shrink to all smaller ones and to learn from them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +67,12 @@ class MethodStrategy(FederatedStrategy):
         """Who trains what: all devices in, the cohort out. Here a uniform cohort of those that `can_train`."""
         able = sorted(partition for partition, device in devices.items() if self.can_train(device))
         cohort = sorted(rng.permutation(able)[: self.cohort_size(len(devices))].tolist())
-        return {partition: self.part_of(devices[partition], server_round) for partition in cohort}
+        parts: dict[Submodel, Submodel] = {}  # equal ones as one object: they are few, and devices may be many
+        assigned = {}
+        for partition in cohort:
+            found = self.part_of(devices[partition], server_round)
+            assigned[partition] = replace(found, submodel=parts.setdefault(found.submodel, found.submodel))
+        return assigned
 
     def can_train(self, device: Device) -> bool:
         """Whether a device may be in a cohort."""
