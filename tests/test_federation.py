@@ -299,6 +299,7 @@ def test_a_round_in_which_nobody_is_left_passes_and_the_run_goes_on(tmp_path: Pa
     scene = {1: ids(0, 1, 2), 2: {}, 3: ids(2)}
     run, _ = play(tmp_path, scene.__getitem__, values={"round-timeout": 0.2})
     assert [line["cohort"] for line in lines(run)] == [[0, 1, 2], [], [2]]
+    assert not any("void" in line for line in lines(run))  # no reply was thrown away
 
 
 # --- FedStitch: phases --------------------------------------------------------------------------------------------
