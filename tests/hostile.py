@@ -400,8 +400,10 @@ def other_cut(v: Victim, rng: np.random.Generator) -> dict[str, Any] | None:
 
 def masks_never_sent(v: Victim, rng: np.random.Generator) -> dict[str, Any] | None:
     records = v.fresh()
-    held, name = v.held(), pick(rng, v.layout.shapes)
-    shape = narrow_shapes(v.layout, held)[name]
+    held = v.held()
+    shapes = narrow_shapes(v.layout, held)
+    name = pick(rng, shapes)
+    shape = shapes[name]
     size = -(-math.prod(shape) // 8)
     kind = pick(rng, ["key", "short", "unknown", "fitting", "both"])
     if kind == "key":
@@ -537,3 +539,116 @@ CHANGES: dict[str, Change] = {
     )
 }
 """Kind of lie -> how it is told."""
+
+
+# --- answers to questions: arrays and numbers, without a submodel ------------------------------------------------
+
+
+def corrupted(content: RecordDict, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+    """What was done to an answer, and its records; nothing of it can be what was asked for."""
+    records: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore
+    name = pick(rng, records)
+    record = records[name]
+    kind = pick(rng, ["gone", "renamed", "extra", "another kind", "inside", "inside", "inside"])
+    if kind == "gone":
+        del records[name]
+    elif kind == "renamed":
+        del records[name]
+        records[pick(rng, [n for n in NAMES if n not in content])] = record
+    elif kind == "extra":
+        junk = [ConfigRecord({"empty": []}), ConfigRecord({"empty": b""}), MetricRecord({"none": []}), ArrayRecord()]
+        records[pick(rng, [n for n in NAMES if n not in content])] = pick(rng, junk)
+    elif kind == "another kind":
+        kinds: list[Any] = [ArrayRecord(), ConfigRecord({"x": b""}), MetricRecord({"correct": 1})]
+        records[name] = pick(rng, [other for other in kinds if type(other) is not type(record)])
+    elif isinstance(record, ArrayRecord):
+        kind = _corrupt_arrays(record, rng)
+    else:
+        record[pick(rng, record)] = pick(rng, [math.nan, math.inf, -math.inf, [], [1.0], [math.nan], *HUGE[:2]])
+        kind = "no number"
+    return kind, records
+
+
+def _corrupt_arrays(record: ArrayRecord, rng: np.random.Generator) -> str:
+    """Change one array so that it is none; tells how."""
+    name = pick(rng, record) if record else ""
+    kind = pick(rng, ["drop", "rename", "more", "dtype", "stype", "shape", "bytes", "numbers", "large"]) if name else ""
+    old = record.get(name)
+    if kind in ("more", ""):
+        record[pick(rng, [n for n in (*NAMES, "levels ") if n not in record])] = Array("float64", (1,), _RAW, bytes(8))
+    elif kind == "drop":
+        del record[name]
+    elif kind == "rename":
+        record[pick(rng, [n for n in NAMES if n not in record])] = record.pop(name)
+    elif kind == "dtype":
+        dtypes = ["object", "float16", "int64", "complex128", "bool", "nonsense", "<f8", "int8", "float32"]
+        record[name] = Array(pick(rng, dtypes), old.shape, old.stype, old.data)
+    elif kind == "stype":
+        record[name] = Array(old.dtype, old.shape, pick(rng, ["numpy.ndarray", "pickle", ""]), pickle.dumps(print))
+    elif kind == "shape":
+        shapes = [(10**12,), (-1,), (10**400,), (0, 10**30), (2**32, 2**32), (*old.shape, 2), (1,) * 70]
+        record[name] = Array(old.dtype, pick(rng, shapes), old.stype, old.data)
+    elif kind == "bytes":
+        data = pick(rng, [old.data[: len(old.data) // 2], old.data + b"\0", old.data[:-1]])
+        record[name] = Array(old.dtype, old.shape, old.stype, data if data != old.data else b"\0")
+    elif kind == "large":
+        record[name] = Array(old.dtype, (30_000,), old.stype, bytes(30_000 * np.dtype(old.dtype).itemsize))
+    elif old.dtype == "float64" and old.data:
+        values = np.frombuffer(old.data).copy()
+        values[int(rng.integers(len(values)))] = pick(rng, [math.nan, math.inf, -math.inf, 1e300, -1e300])
+        record[name] = Array(old.dtype, old.shape, old.stype, values.tobytes())
+    else:
+        record[name] = Array("float64", old.shape, old.stype, old.data + b"\0")
+    return kind or "more"
+
+
+_RAW = "flexfed.raw"
+
+
+# --- profiles ---------------------------------------------------------------------------------------------------
+
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "partition": [-1, -(10**9), 10**18, 2**70, 1.5, "1", True, [1], math.nan, 4, 1000],
+    "kind": [5, "", "x" * 65, "a\nb", "\x1b[2J", b"kind", ["a"], True],
+    "capacity": [0.0, -1.0, math.nan, math.inf, 1e300, 1e-300, "1", True, [1.0], 10**400],
+    "width": [0.0, -1.0, math.nan, -math.inf, 1e300, 1e-300, "wide", False],
+    "capacity-spread": [-0.1, math.nan, math.inf, 1e300, "0", True],
+    "memory-bytes": [0, -1, math.nan, -math.inf, 1e-300, 1e300, "4GB", True, [1]],
+    "memory-spread-bytes": [-1.0, math.nan, math.inf, 1e19],
+    "measure-memory": [1, 0, "yes", 1.0, b"1"],
+    "availability": [[0.0], [-1.0], [math.nan], [1.5], [1e-300], ["a"], [True], 0.5, "0.5", [0.5] * 1001, [10**400]],
+    "speed-macs-s": [0.0, -1.0, math.nan, math.inf, 1e-300, 1e300, "fast", True, 10**400],
+    "link-bytes-s": [0, -1.0, math.nan, math.inf, 1e-300, 1e19],
+    "download-bytes-s": [-1.0, math.nan, math.inf, 1e300],
+    "compute-watts": [-1.0, math.nan, math.inf, 1e300],
+    "radio-watts": [-1.0, math.nan, math.inf, "1"],
+    "num-examples": [-1, 10**10, 10**18, 2**63, 1.5, 1e300, math.nan, "5", True],
+    "labels": [[-1], [2**40], [1.5], ["1"], "123", 5, [True], [0] * 100_001, [10**400]],
+}
+"""Key of a device's profile -> what it can never be."""
+
+
+def impossible_profile(content: RecordDict, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+    """What is wrong with a profile, and its records."""
+    records: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore
+    kind = pick(rng, ["value"] * 20 + ["partitions", "no key", "more keys", "gone", "kind", "extra", "large"])
+    if kind == "value":
+        kind = pick(rng, IMPOSSIBLE)
+        records["device"][kind] = pick(rng, IMPOSSIBLE[kind])
+    elif kind == "partitions":
+        absurd = [0, -1, 10**18, 10**7, 2**64, 1.5, math.inf, math.nan, "4", True, [4], 1, 10**400]
+        records["config"]["num-partitions"] = pick(rng, absurd)
+    elif kind == "no key":
+        record = pick(rng, [records["device"], records["config"]])
+        del record[pick(rng, [key for key in record if key != "code"])]
+    elif kind == "more keys":
+        records["device"][pick(rng, [*NAMES, "colour"])] = pick(rng, [1, b"", [], "x"])
+    elif kind == "gone":
+        del records[pick(rng, records)]
+    elif kind == "kind":
+        records[pick(rng, records)] = pick(rng, [ArrayRecord(), MetricRecord({"partition": 1})])
+    elif kind == "extra":
+        records[pick(rng, NAMES)] = ConfigRecord({"empty": []})
+    else:
+        records["config"]["code"] = "x" * 2_000_000
+    return kind, records

@@ -114,7 +114,7 @@ class Federation:
             self.devices = dict(sorted(devices.items()))
         if not self.present:  # of the first meeting: later ones have to agree with it
             claims = Counter(self._claims.values())
-            self.num_partitions = max(((many, claim) for claim, many in claims.items()), default=(0, 0))[1]
+            self.num_partitions = min(claims, key=lambda claim: (-claims[claim], claim), default=0)
 
     def _leave_out_of_other_fleets(self) -> None:
         """Who speaks of another number of partitions has the data of another partition than we believe."""

@@ -256,6 +256,10 @@ def explore(job: Job, task: Task, data: ClientData) -> Update:
     return Update(found, flatten(task.layout, found, moved), float(len(data.train.labels)), metrics)
 
 
+MOST_DEVIATION = 1e18
+"""Of an entry: a weight that moved by 1e9 learned nothing, and one such entry would decide the whole mask."""
+
+
 def read_deviations(layout: Layout, expected: Submodel, update: Update) -> Arrays:
     """What an explorer found, tensor by tensor.
 
@@ -264,8 +268,11 @@ def read_deviations(layout: Layout, expected: Submodel, update: Update) -> Array
     """
     if update.submodel != expected:
         raise ValueError("it tells deviations of other tensors or units than it was asked to explore")
-    if not (np.isfinite(update.difference).all() and (update.difference >= 0).all()):
-        raise ValueError("its deviations should be squares, finite and >= 0; its exploration may have diverged")
+    if not ((update.difference >= 0) & (update.difference <= MOST_DEVIATION)).all():
+        raise ValueError(
+            f"its deviations should be squares, finite and >= 0, and at most {MOST_DEVIATION:.0e}; its exploration may "
+            "have diverged"
+        )
     return unflatten(layout, expected, update.difference)
 
 
