@@ -186,6 +186,8 @@ class SubmodelStrategy(MethodStrategy):
         refuse_large(reply, most_of_reply(self.task.layout, asked))
         update = read_update(reply.content, self.task.layout, asked)
         refuse_unbelievable(update)
+        if other := [name[:40] for name in update.told if name not in self.asks_to_tell]:
+            raise ValueError(f"it tells {', '.join(other[:3])}, which it was not asked for")
         return update
 
     def with_codecs(self, assignment: Assignment) -> Assignment:
