@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import pickle
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -555,6 +556,42 @@ def test_torchvision_weights_come_from_the_cache_only(tmp_path: Path, monkeypatc
     load_weights(model, "torchvision")
     assert torch.equal(model.get_submodule("features.0").weight, donor.get_submodule("features.0").weight)
     assert model.get_submodule("classifier.1").out_channels == 10
+
+
+@pytest.mark.parametrize("name", ["googlenet", "densenet121"])
+def test_torchvisions_files_have_other_names_and_more_outputs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import models
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = build_model(name, 10, IMAGE)
+    donor = models.get_model(name, **({"init_weights": False} if name == "googlenet" else {}))
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", n): t for n, t in donor.state_dict().items()}
+    assert old.keys() - model.state_dict().keys()  # auxiliary outputs, or names of another age
+    file = tmp_path / "hub" / "checkpoints" / models.get_model_weights(name).DEFAULT.url.rpartition("/")[2]
+    file.parent.mkdir(parents=True)
+    torch.save(old, file)
+    load_weights(model, "torchvision")
+    wanted = {n: t for n, t in donor.state_dict().items() if n in model.state_dict()}
+    last = list(model.state_dict())[-2:]  # another number of classes
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in wanted.items() if n not in last)
+
+
+def test_torchvisions_file_is_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    expected = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    expected.parent.mkdir(parents=True)
+    trap = tmp_path / "trapped"
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return trap.touch, ()
+
+    torch.save({"features.0.weight": Trap()}, expected)
+    with pytest.raises(ValueError, match="cannot be read as tensors alone"):
+        load_weights(build_model("squeezenet1_1", 10, IMAGE), "torchvision")
+    assert not trap.exists()
 
 
 # --- AutoFLIP ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
@@ -14,6 +15,7 @@ from flexfed.models.cifar import FILE_NAME_ATTRIBUTE
 from flexfed.models.zoo import NAME_ATTRIBUTE, OPTIONS
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+_OLD_DENSE = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 _logger = logging.getLogger("flwr")
 
 
@@ -82,9 +84,18 @@ def _torchvision_state(model: nn.Module) -> dict[str, Tensor]:
             f"pretrained weights of {name!r} are expected in {expected}; they are not there, and nothing "
             f"is downloaded silently: fetch {default.url} to that path"
         )
-    # torchvision itself reads the cached file, because it renames tensors of some networks.
-    donor: nn.Module = models.get_model(name, weights=default, **OPTIONS.get(name, {}))
-    return dict(donor.state_dict())
+    try:  # not by torchvision's own way: torch.hub unpickles whatever the file holds
+        state = torch.load(expected, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is none fails in many ways
+        raise ValueError(f"pretrained weights {expected} cannot be read as tensors alone: {error}") from error
+    own = model.state_dict()
+    state = {name if name in own else _new_dense_name(name): tensor for name, tensor in state.items()}
+    return {n: t for n, t in state.items() if n in own} if name in OPTIONS else state  # those leave outputs out
+
+
+def _new_dense_name(name: str) -> str:
+    """A tensor of a DenseNet by its present name: torchvision's files are older."""
+    return _OLD_DENSE.sub(r"\1\2", name)
 
 
 def _file_state(weights: str) -> dict[str, Tensor]:
