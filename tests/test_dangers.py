@@ -65,6 +65,7 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
         1,
         "`model`, from the run's configuration: the server's",
     ),
+    ("flexfed/flower/inflating.py", "json.loads"): (1, "a client's list of chunks, as Flower itself reads it; counted"),
     ("flexfed/checkpoint.py", "json.loads"): (2, OURS),
     ("flexfed/export.py", "json.loads"): (3, OURS),
     ("flexfed/launch.py", "json.loads"): (1, "what the user's own `flwr` prints"),
