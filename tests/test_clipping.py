@@ -135,12 +135,13 @@ def test_a_run_tells_how_many_were_clipped_only_where_it_clips(strategy: str, tm
 
 def test_a_diverged_reply_moves_the_model_no_further_than_the_norm(tmp_path: Path) -> None:
     def diverged(request: Message, reply: Message, partition: int) -> Message:
-        if request.metadata.message_type == "train" and partition == 2:
+        first = request.metadata.group_id == "1"
+        if first and request.metadata.message_type == "train" and partition == 2:
             return with_difference(reply, lambda values: np.full_like(values, 1e15))
         return reply
 
     most = 0.25
-    values = {"batch-norm": "batch"}
+    values = {"batch-norm": "batch", "num-server-rounds": 2}
     far = run_toy(tmp_path / "off", "fedavg", values, alter=diverged)
     near = run_toy(tmp_path / "on", "fedavg", {**values, "max-update-norm": most}, alter=diverged)
 
@@ -150,8 +151,10 @@ def test_a_diverged_reply_moves_the_model_no_further_than_the_norm(tmp_path: Pat
         return float(np.sqrt(sum((change**2).sum() for change in changes)))
 
     assert moved(far) > 1e14
-    assert moved(near) <= most * (1 + 1e-5)  # a weighted mean of differences, none longer than that
+    assert len(lines(far)[1]["refused"]) == 4  # nobody can train what it left
+    assert moved(near) <= 2 * most * (1 + 1e-5)  # weighted means of differences, none longer than that
     assert lines(near)[0]["clipped"] >= 1
+    assert lines(near)[1]["refused"] == []
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

@@ -302,11 +302,13 @@ def read_evaluation(reply: Message) -> Evaluation:
         raise ValueError(f"evaluation reply should hold metrics and nothing else, got {unknown[0][:40]!r}")
     try:
         metrics: Any = _record(reply.content, "metrics", MetricRecord)
-        if wrong := not_finite(metrics):
-            raise ValueError(f"numbers that are not finite: {wrong}")
-        result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
-    except (KeyError, ValueError) as cause:
-        raise ValueError(f"evaluation reply should hold correct, loss-sum and num-samples, got {cause!r}") from cause
+        wrong = not_finite(metrics)
+        if not wrong:
+            result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
+    except KeyError as missing:
+        raise ValueError(f"evaluation reply lacks {missing}; expected correct, loss-sum and num-samples") from missing
+    if wrong:
+        raise ValueError(f"evaluation reply should hold finite numbers, got {wrong}")
     if not 0 <= result.correct <= result.num_samples:
         raise ValueError(f"evaluation reply is impossible: {result}")
     return result
