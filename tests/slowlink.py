@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -191,6 +192,7 @@ def a_network() -> Iterator[Network]:
         network.close()
 
 
+@cache
 def why_not() -> str:
     """Why no network can be made here; '' = it can."""
     if shutil.which("ip") is None:

@@ -22,8 +22,7 @@ from flexfed.overrides import defaults
 from flexfed.runs import Run
 from strategies.heterofl import HeteroFL
 
-REASON = why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON or "network namespaces can be made")]
+pytestmark = pytest.mark.slow
 
 SLOW_RATE = 125_000.0  # bytes a second: 1 Mbit/s
 QUALITY = Quality(rate=SLOW_RATE, delay_s=0.1, loss=0.01)
@@ -92,6 +91,8 @@ def test_only_the_deadline_makes_the_slow_device_get_less() -> None:
 
 
 def test_a_device_behind_a_slow_and_lossy_link_keeps_up_with_less_of_the_model(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
     with a_network() as network:
         middle = ("ip", "netns", "exec", network.middle)
         with a_fleet(tmp_path, [HOST], middle) as fleet:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 from slowlink import HOST, Direction, Network, Quality, a_network, ip, socket_in, why_not
 
-REASON = why_not()
 STEP = 0.0011
 
 
@@ -65,11 +64,15 @@ def test_losses_are_as_many_as_asked_for_and_follow_from_the_seed(loss: float) -
 
 # --- between namespaces -----------------------------------------------------------------------------------------
 
-namespaces = pytest.mark.skipif(bool(REASON), reason=REASON or "network namespaces can be made")
+
+@pytest.fixture
+def namespaces() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture
-def network() -> Iterator[Network]:
+def network(namespaces: None) -> Iterator[Network]:
     with a_network() as network:
         yield network
 
@@ -84,7 +87,6 @@ def sockets(network: Network, space: str) -> tuple[socket.socket, socket.socket]
     return near, far
 
 
-@namespaces
 def test_packets_pass_both_ways_no_sooner_than_the_link_says(network: Network) -> None:
     quality = Quality(rate=100_000, delay_s=0.1, loss=0.0, queue_bytes=10**6)
     space, link = network.slow("node", quality)
@@ -107,7 +109,6 @@ def test_packets_pass_both_ways_no_sooner_than_the_link_says(network: Network) -
     assert link.there.passed >= 1
 
 
-@namespaces
 def test_a_tenth_of_the_packets_is_lost(network: Network) -> None:
     space, link = network.slow("node", Quality(rate=1e7, delay_s=0.0, loss=0.1, queue_bytes=10**6), seed=3)
     near, far = sockets(network, space)
@@ -126,7 +127,6 @@ def test_a_tenth_of_the_packets_is_lost(network: Network) -> None:
     assert 15 < link.back.lost < 85  # 50, and five deviations either way
 
 
-@namespaces
 def test_only_the_middle_can_be_reached_and_nothing_outside(network: Network) -> None:
     fast, (slow, _) = network.fast("fast"), network.slow("slow", Quality())
     for space in (fast, slow):
@@ -141,7 +141,7 @@ def test_only_the_middle_can_be_reached_and_nothing_outside(network: Network) ->
     assert "default" not in ip("-n", network.middle, "route")
 
 
-@namespaces
+@pytest.mark.usefixtures("namespaces")
 def test_nothing_stays_behind_also_when_the_test_fails() -> None:
     before = ip("netns", "list")
 
