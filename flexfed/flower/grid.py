@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity  # internal, and imported nowhere else
 
+from flexfed.flower.inflating import replies_apart
 from flexfed.flower.messages import num_bytes
 
 IN_FLIGHT = 64
@@ -20,6 +21,9 @@ IN_FLIGHT = 64
 
 PULLED_BYTES = 256 * 2**20
 """Of the replies that are pulled at once, about."""
+
+MOST_TIMES = 8
+"""A reply is at most this many times as large as what was sent (4 bits there, 32 back), beside `PULLED_BYTES`."""
 
 POLL_S = 0.25
 """Between two questions to a SuperLink for replies: each takes about 20 ms of it."""
@@ -248,8 +252,10 @@ class StreamingGrid(Grid):
 
     def _read(self, ids: list[str]) -> Iterator[tuple[str, Message | str]]:
         """The replies that have come, by the message that they answer; a text for one that cannot be read."""
+        most = MOST_TIMES * self._largest + PULLED_BYTES
         try:
-            replies = list(self._grid.pull_messages(ids))
+            with replies_apart(self._grid, most) as unreadable:
+                replies = [reply for reply in self._grid.pull_messages(ids) if isinstance(reply, Message)]
         except Exception as error:
             if _is_of_the_link(error):
                 raise
@@ -259,6 +265,7 @@ class StreamingGrid(Grid):
             else:
                 yield ids[0], f"its reply cannot be read: {type(error).__name__}: {error}"
             return
+        yield from ((message_id, f"its reply cannot be read: {why}") for message_id, why in unreadable.items())
         while replies:
             reply = replies.pop(0)
             yield reply.metadata.reply_to_message_id, reply
