@@ -253,7 +253,7 @@ def test_another_part_is_refused() -> None:
     units = assignment.submodel.units.copy()
     units[0] = False
     made, assignment = assigned(ladder="full")
-    with pytest.raises(ValueError, match="holds another part than it was sent"):
+    with pytest.raises(ValueError, match="leaves out units that it was asked to train"):
         made.check(assignment, replace(reply_to(assignment), submodel=Submodel(units)))
 
 

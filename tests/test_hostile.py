@@ -129,7 +129,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Opened]:
     return find
 
 
-SCRATCH = {"_error"}  # compressed: of the reply at hand
+SCRATCH = {"_error", "_most_bytes"}  # of the reply at hand
 
 
 def state_of(strategy: SubmodelStrategy) -> Any:

@@ -329,6 +329,7 @@ def test_no_lie_in_a_phase_leaves_a_trace(tmp_path: Path) -> None:
 def lied_answer(content: RecordDict, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
     records: dict[str, Any] = {name: type(record)(dict(record)) for name, record in content.items()}  # type: ignore
     lies = [{"macs": -1.0}, {"macs": 1e300}, {"seconds": -1.0}, {"modelled-joules": 1e30}, {"correction": 0.0}]
+    lies += [{"correction": 2.0, "deadline-missed": 1.0, "rows": -5, "correct": -1}]  # refused for the last two alone
     lies += [{"correction": 1e10}, {"correction": 10**30}, {"rows": 10**400}, {"num-samples": 10**30}]  # type: ignore
     records["metrics"].update(pick(rng, lies))
     return "a lie", records
