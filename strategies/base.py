@@ -77,6 +77,7 @@ class SubmodelStrategy(MethodStrategy):
         self.tests = ClientTests(self)
         self._assigned: Mapping[int, Assignment] = {}
         self._replied: set[int] = set()  # whose reply of this round counts
+        self._most_bytes: dict[tuple[bytes, str], int] = {}
         self._statistics: Mapping[str, Statistics | None] = {}
         self.holdings = Holdings()
         if resumed is not None:
@@ -183,7 +184,11 @@ class SubmodelStrategy(MethodStrategy):
         """
         if reply.has_error():
             raise ValueError(cause_of(reply.error))
-        refuse_large(reply, most_of_reply(self.task.layout, asked))
+        key = asked.submodel.key, asked.reply_codec
+        if key not in self._most_bytes:  # levels are few; where clients have a part each, none is asked for twice
+            self._most_bytes = self._most_bytes if len(self._most_bytes) < PARTS_KEPT else {}
+            self._most_bytes[key] = most_of_reply(self.task.layout, asked)
+        refuse_large(reply, self._most_bytes[key])
         update = read_update(reply.content, self.task.layout, asked)
         refuse_unbelievable(update)
         if other := [name[:40] for name in update.told if name not in self.asks_to_tell]:
