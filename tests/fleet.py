@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from flexfed.launch import Flower, private_flower, wait_until_finished
+from flexfed.launch import Flower, private_flower
 from flexfed.processes import marked_processes, stop_processes
 from flexfed.runs import Run, load_run, read_rounds
 
@@ -181,7 +182,9 @@ class Fleet:
         with log.open("wb") as out:
             env = dict(self.flower.env)
             process = subprocess.Popen(command, env=env, cwd=APP, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-        return Submitted(self, process, log, runs)
+        run = Submitted(self, process, log, runs)
+        self.wait(lambda: bool(run.id) or process.poll() is not None, 60, "the run to be accepted")
+        return run
 
     def wait(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         """Wait until something is so.
@@ -221,6 +224,12 @@ class Submitted:
         return self.file.read_text(encoding="utf-8", errors="replace")
 
     @property
+    def id(self) -> str:
+        """Of the run, for Flower; empty while it is not accepted."""
+        found = re.search(r"Successfully started run (\d+)", self.log)
+        return found[1] if found else ""
+
+    @property
     def folder(self) -> Path:
         """Of the run; fails while there is none."""
         (found,) = self.runs.iterdir()
@@ -231,12 +240,19 @@ class Submitted:
         """Of metrics.jsonl, until now."""
         return [line for file in self.runs.glob("*/metrics.jsonl") for line in read_rounds(file.parent)]
 
-    def finish(self, seconds: float = 300) -> Run:
-        """Follow it to its end; fails unless it completed."""
+    def finish(self, seconds: float = 300, followed: bool = True) -> Run:
+        """Wait for its end; fails unless it completed.
+
+        Args:
+            seconds: to wait at most.
+            followed: whether `flwr run --stream` has to last as long; it does not if the SuperLink ends meanwhile.
+        """
         try:
-            assert self.process.wait(seconds) == 0, self.log
-            runs = self.fleet.flower.ask("ls", CONNECTION)["runs"]
-            run = wait_until_finished(self.fleet.flower, str(runs[0]["run-id"]))
+            if followed:
+                assert self.process.wait(seconds) == 0, self.log
+            assert self.id, self.log
+            self.fleet.wait(self._is_over, seconds, "the run to end")
+            run = self._told()
             assert run["status"] == "finished:completed", f"{run}\n{self.log}"
             record = load_run(self.folder)
             assert record.summary is not None, self.log
@@ -244,6 +260,14 @@ class Submitted:
         finally:
             self.process.kill()
             self.process.wait()
+
+    def _told(self) -> Mapping[str, Any]:
+        """What Flower says of the run."""
+        run: Mapping[str, Any] = self.fleet.flower.ask("ls", CONNECTION, "--run-id", self.id)["runs"][0]
+        return run
+
+    def _is_over(self) -> bool:
+        return str(self._told()["status"]).startswith("finished")
 
 
 @contextlib.contextmanager

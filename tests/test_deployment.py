@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fleet import Fleet, a_fleet, free_ports, write_digits
+from fleet import Fleet, Submitted, a_fleet, free_ports, write_digits
 
 import server_app
 from flexfed.config import Experiment
@@ -58,18 +59,23 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         write_digits(fleet.server.home / "server-data", range(200))
         write_digits(fleet.server.home / "server-data", range(200, 400), "test")
         fleet.start_superlink()
-        for number, size in enumerate(SIZES):
+        for number in range(len(SIZES)):
             name = f"node{number}"
             write_digits(fleet.add(name).home / "data", range(400 + 100 * number, 500 + 100 * number))
             fleet.register(name)
-            fleet.start_node(name, f"{node_config(number, 3)} {memory_of(fleet, size)}")
+            start(fleet, number)
         with fleet.logs_if_it_fails():
             fleet.wait(lambda: fleet.online() == 3, 90, "three SuperNodes")
         yield fleet
 
 
-def node_config(partition: int, partitions: int) -> str:
-    return f'partition-id={partition} num-partitions={partitions} data-path="~/data" state-dir="~/state"'
+def start(fleet: Fleet, number: int) -> None:
+    """Start one of the three."""
+    fleet.start_node(f"node{number}", f"{node_config(number)} {memory_of(fleet, SIZES[number])}")
+
+
+def node_config(partition: int) -> str:
+    return f'partition-id={partition} num-partitions={len(SIZES)} data-path="~/data" state-dir="~/state"'
 
 
 def memory_of(fleet: Fleet, size: str) -> str:
@@ -126,7 +132,7 @@ def test_no_device_has_the_data_of_another_or_of_the_server(fleet: Fleet) -> Non
 def test_a_key_that_is_not_registered_is_refused(fleet: Fleet) -> None:
     fleet.add("stranger")
     with fleet.logs_if_it_fails():
-        script = fleet.start_node("stranger", node_config(0, 3), pause=0)
+        script = fleet.start_node("stranger", node_config(0), pause=0)
         assert script.wait(60) != 0
     assert "Failed to activate SuperNode" in fleet.nodes["stranger"].log
     assert fleet.online() == 3
@@ -140,3 +146,70 @@ def test_who_speaks_without_tls_is_refused(fleet: Fleet) -> None:
         assert program.wait(90) != 0
         assert fleet.flower_answers("ls")
         assert not fleet.flower_answers("ls", connection="insecure")
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+FAULTS: Mapping[str, Any] = {
+    "strategy": "heterofl",  # asks every device that is there; FlexFL draws sizes first, and none may be left for one
+    "heterofl.batch-norm": "proxy",
+    "num-server-rounds": 3,
+    "round-timeout": 50.0,
+    "min-replies": 2,
+}
+GONE = ("no reply before round-timeout", "The destination node failed to report a heartbeat")
+"""Whichever comes first: the deadline, or the minute after which the SuperLink takes a SuperNode for dead."""
+
+
+def test_a_run_outlives_its_devices_and_its_superlink(fleet: Fleet) -> None:
+    """One SuperNode is killed in round 1, another in round 2, the SuperLink in round 3, by when devices are back."""
+    with fleet.logs_if_it_fails():
+        run = fleet.start_run({**CONFIG, **FAULTS})
+        lose(run, "node2", 1)
+        fleet.wait(lambda: len(run.lines) == 1, 120, "the end of round 1")
+        lose(run, "node1", 2)
+        start(fleet, 2)
+        start(fleet, 1)
+        fleet.wait(lambda: len(run.lines) == 2, 120, "the end of round 2")
+        wait_for_job(run, "node0", 3)
+        fleet.restart_superlink(killed=True)
+        lines = run.finish(followed=False).rounds
+    without_one, without_two, again = lines
+    check_left_out(without_one, [0, 1, 2], gone=2)
+    assert "void" not in without_one
+    check_left_out(without_two, [0, 1], gone=1)
+    assert without_two["void"], "one reply is fewer than min-replies"
+    assert {0} < set(again["cohort"]) <= {0, 1, 2}
+    assert sum(again["trained"].values()) >= 2  # on busy cores the third may be late
+    assert "void" not in again
+    assert again["refused"] == []
+    for partition in set(again["cohort"]) - {0}:
+        assert_same_node_twice(fleet.nodes[f"node{partition}"].log)
+
+
+def wait_for_job(run: Submitted, name: str, server_round: int) -> None:
+    """Wait until a SuperNode has its job of a round."""
+    said = f"[RUN {run.id}, ROUND {server_round}]"
+    run.fleet.wait(lambda: said in run.fleet.nodes[name].log, 150, f"{name} to work in round {server_round}")
+
+
+def lose(run: Submitted, name: str, server_round: int) -> None:
+    """Pull the plug of a device in the middle of a round."""
+    wait_for_job(run, name, server_round)
+    run.fleet.nodes[name].kill()
+
+
+def check_left_out(line: Mapping[str, Any], cohort: list[int], gone: int) -> None:
+    assert line["cohort"] == cohort
+    assert sum(line["trained"].values()) == len(cohort) - 1
+    assert [failed["partition"] for failed in line["failed"]] == [gone]
+    assert any(reason in line["failed"][0]["reason"] for reason in GONE)
+    assert line["refused"] == []
+
+
+def assert_same_node_twice(log: str) -> None:
+    """It was refused until the old one counted as dead, and then came back as the same node."""
+    ids = re.findall(r"SuperNode ID: (\d+)", log)
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
+    assert "Failed to activate SuperNode" in log
