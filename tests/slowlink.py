@@ -178,8 +178,8 @@ class Network:
         ip("-n", self.middle, "link", "set", near, "up")
         ip("-n", space, "link", "set", far, "up")
         ip("-n", space, "addr", "add", f"{address}/32", "dev", far)
-        ip("-n", self.middle, "route", "add", f"{address}/32", "dev", near, "src", HOST)
-        ip("-n", space, "route", "add", f"{HOST}/32", "dev", far, "src", address)
+        ip("-n", self.middle, "route", "add", f"{address}/32", "dev", near)
+        ip("-n", space, "route", "add", f"{HOST}/32", "dev", far)
 
 
 @contextlib.contextmanager
