@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[Callable[[RecordDict], None], str]] = {
     "type": (with_array(dtype="object"), "arrays must be .* got 'object' as 'flexfed.raw'"),
     "encoding": (with_array(stype="pickle"), "got 'float64' as 'pickle'"),
     "bytes": (with_array(data=bytes(15)), r"shape \(2,\) should have 16 bytes, got 15"),
-    "shape": (with_array(shape=(-1, -2)), "should have 16 bytes, got 16"),
+    "shape": (with_array(shape=(-1, -2)), "should have at most 8 axes of 0 to 2"),
 }
 
 
