@@ -407,7 +407,7 @@ def masks_never_sent(v: Victim, rng: np.random.Generator) -> dict[str, Any] | No
     size = -(-math.prod(shape) // 8)
     kind = pick(rng, ["key", "short", "unknown", "fitting", "both"])
     if kind == "key":
-        records["submodel"]["masks"] = rng.bytes(int(rng.integers(0, 40)))
+        records["submodel"]["masks"] = pick(rng, [b"", rng.bytes(16), rng.bytes(int(rng.integers(1, 40)))])
     elif kind == "both":
         records["submodel"]["masks"] = v.asked.submodel.masks_key or b"x"
         records["submodel"][f"mask:{name}"] = bytes(size)

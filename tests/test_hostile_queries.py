@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from hostile import CHANGES, Victim, corrupted, impossible_profile, pick
 from test_hostile import Opened, digest, failed_reply, message_of, opened, state_of
 from toy import ScriptedGrid, final_model, lines, same_bits, toy_config
@@ -23,7 +23,7 @@ import client_app
 import server_app
 from flexfed.flower.federation import Federation, _questions
 from flexfed.flower.grid import StreamingGrid
-from flexfed.flower.messages import to_record_of_arrays
+from flexfed.flower.messages import cause_of, to_record_of_arrays
 from flexfed.jobs import Assignment
 from strategies.phases import Phase, Phases
 
@@ -367,6 +367,12 @@ def test_no_claim_makes_the_server_allocate(tmp_path: Path) -> None:
             tracemalloc.stop()
         assert peak < 200_000, strategy.record.refused[-1]
     assert len(strategy.record.refused) == 1 + len(lies)
+
+
+def test_of_an_endless_reason_the_end_is_what_was_raised() -> None:
+    reason = "Traceback (most recent call last)\n" + "  File x\n" * 500_000 + "ValueError: no room"
+    assert cause_of(Error(2, reason)) == "ValueError: no room"
+    assert len(cause_of(Error(2, "x" * 1_000_000))) < 21_000
 
 
 # --- who a reply is from ----------------------------------------------------------------------------------------
