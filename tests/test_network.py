@@ -98,7 +98,7 @@ def test_a_device_behind_a_slow_and_lossy_link_keeps_up_with_less_of_the_model(t
         with a_fleet(tmp_path, [HOST], middle) as fleet:
             spaces = [network.fast(f"node{number}") for number in range(SLOW)]
             space, link = network.slow(f"node{SLOW}", QUALITY, seed=1)
-            run = train(fleet, middle, [*spaces, space])
+            run = train(fleet, [*spaces, space])
             fast_bytes = received(spaces[0])
     told = level_of(SLOW, DEADLINE)
     assert [line["dispatched"] for line in run.rounds] == [{told: 1, "1": 2}] * ROUNDS
@@ -107,12 +107,8 @@ def test_a_device_behind_a_slow_and_lossy_link_keeps_up_with_less_of_the_model(t
     check_bytes(run, link, fast_bytes)
 
 
-def train(fleet: Fleet, middle: tuple[str, ...], spaces: list[str]) -> Run:
-    """A run on hosts of their own; `flwr` is called where the SuperLink is."""
-    program = fleet.server.home / "flwr"
-    program.write_text(f'#!/bin/sh\nexec {" ".join(middle)} {fleet.flower.program} "$@"\n')
-    program.chmod(0o700)
-    fleet.flower = replace(fleet.flower, program=program)
+def train(fleet: Fleet, spaces: list[str]) -> Run:
+    """A run on hosts of their own."""
     fleet.start_superlink()
     for partition, space in enumerate(spaces):
         name = f"node{partition}"
