@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +15,18 @@ from fleet import Fleet, Submitted, a_fleet, free_ports, write_digits
 
 import server_app
 from flexfed.config import Experiment
-from flexfed.cost import message_bytes, part_bytes
+from flexfed.cost import message_bytes, part_bytes, round_macs
 from flexfed.data import load_server
 from flexfed.methods.flexfl import LEVELS, MAIN_LEVELS, largest_first
 from flexfed.overrides import defaults
+from flexfed.training import samples_trained
 from strategies.flexfl import FlexFL
 
 pytestmark = pytest.mark.slow
 
 SIZES = tuple(LEVELS[level] for level in MAIN_LEVELS)
 ROUNDS = 2
+SPEED, WATTS = 1e9, (1.0, 10.0, 100.0)
 
 
 def seed_that_draws_every_size(rounds: int) -> int:
@@ -75,7 +78,8 @@ def start(fleet: Fleet, number: int) -> None:
 
 
 def node_config(partition: int) -> str:
-    return f'partition-id={partition} num-partitions={len(SIZES)} data-path="~/data" state-dir="~/state"'
+    place = f'partition-id={partition} num-partitions={len(SIZES)} data-path="~/data" state-dir="~/state"'
+    return f"{place} speed-macs-s={SPEED} compute-watts={WATTS[partition]} radio-watts=0.0"
 
 
 def memory_of(fleet: Fleet, size: str) -> str:
@@ -99,11 +103,7 @@ def server_of(fleet: Fleet) -> FlexFL:
 
 
 def test_three_supernodes_train_what_fits_them_over_tls(fleet: Fleet) -> None:
-    """Each device gets another size of FlexFL's, from the memory that it declares, and only that travels.
-
-    A device shrinks what it cannot hold, and L, M and S each fit one device more than the one before: where all three
-    were trained, everyone trained its own.
-    """
+    """Each device gets another size of FlexFL's, from the memory that it declares, and only that travels."""
     with fleet.logs_if_it_fails():
         run = fleet.start_run(CONFIG).finish()
         strategy = server_of(fleet)
@@ -119,6 +119,15 @@ def test_three_supernodes_train_what_fits_them_over_tls(fleet: Fleet) -> None:
             assert line["dispatched"] == line["trained"] == dict.fromkeys(SIZES, 1)
             assert least < line["bytes-up"] <= most
             assert least < line["bytes-down"] <= most
+            assert line["joules"] == pytest.approx(sum(map(joules, repeat(strategy), range(len(SIZES)), SIZES)))
+
+
+def joules(strategy: FlexFL, partition: int, size: str) -> float:
+    """Of a device that trains a level: its watts tell in the record who trained which."""
+    task, part, num_examples = strategy.task, strategy.levels()[size], 90  # a tenth of its samples is for validation
+    macs = round_macs(task.macs(part), num_examples, task.training)
+    macs += strategy.macs_beside(part) * samples_trained(num_examples, task.training)
+    return WATTS[partition] * macs / SPEED
 
 
 def test_no_device_has_the_data_of_another_or_of_the_server(fleet: Fleet) -> None:
