@@ -55,12 +55,14 @@ class Settings:
             rounded at random, so that their mean is unbiased.
         batch_norm: at evaluation: 'static' statistics of each level, or those of the test 'batch'.
         reply_order: fold replies in 'cohort' order (same bits every time) or on 'arrival'; 'auto' = in cohort order
-            where devices are simulated, on arrival where they are real.
+            where devices are simulated, on arrival where they are real (in order, the first silent one holds up all
+            that come after the first 64).
         replies_in_flight: messages sent and not yet folded, at most; 0 = 64, and on real devices no limit on arrival.
         round_timeout: seconds after which an exchange closes without the replies that are missing. Where devices are
             simulated, and take turns, seconds without any reply. A device that missed it is not asked again before it
             has replied, or is known to be lost.
-        min_replies: a round (of FedStitch: a phase) with fewer valid replies leaves the model as it was. Before a round
+        min_replies: a round with fewer valid replies leaves the model as it was; a phase of FedStitch is asked once more,
+            and then ends the run with the network it has. FlexFL draws sizes first, and may ask fewer. Before a round
             the server waits, up to `round_timeout`, until so many devices are there; a cohort has at least so many.
         max_update_norm: largest L2 norm of what a reply holds, over all its numbers together and before it is weighed:
             the difference of the trained and the received part, and where compressed's clients send gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from toy import AVERAGING, ScriptedGrid, failure, final_model, lines, run_toy, same_bits, toy_config
 from toy_zoo import knobs, toy_zoos, write_zoo
 
 import client_app
 import server_app
+from flexfed.flower.federation import Federation
 from flexfed.runs import load_run
 from strategies.federated import FederatedStrategy
 
@@ -69,6 +71,7 @@ def play(
     with (
         patch("flexfed.report.curves_png"),
         patch("flexfed.flower.federation._WAIT_S", 0.2),
+        patch("flexfed.flower.federation._AGAIN_S", 0.0),
         patch.object(FederatedStrategy, "open_round", opening),
     ):
         return server_app.run(stage, config, "stage000"), stage
@@ -186,6 +189,55 @@ def test_a_client_of_another_fleet_is_left_out(late: bool, tmp_path: Path, caplo
     assert [line["cohort"] for line in lines(run)] == [[0, 1]] * 3
     assert [p for _, kind, p in stage.asked if kind == "query.profile"].count(2) == 1
     assert load_run(run).summary["clients"] == 2  # type: ignore[index]
+
+
+def test_a_node_that_does_not_tell_who_it_is_is_asked_less_and_less_often(tmp_path: Path) -> None:
+    """Each time the round has to wait for it."""
+
+    def silent(request: Message, reply: Message, partition: int) -> Message:
+        lost = request.metadata.message_type == "query.profile" and partition == 2
+        return Message(Error(code=0, reason="silence"), reply_to=request) if lost else reply
+
+    config = toy_config(tmp_path, "fedavg")
+    stage, federation = Stage(config, lambda r: ids(0, 1, 2), alter=silent), Federation()
+    clock, asked = [1000.0], []
+    with patch.multiple(
+        "flexfed.flower.federation.time", monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)
+    ):
+        federation.meet(stage, 60.0)
+        for _ in range(100):  # a look every ten seconds
+            clock[0] += 10
+            before = len(stage.asked)
+            federation.look_around(1, 60.0)
+            asked += [clock[0]] * (len(stage.asked) - before)
+    pauses = [b - a for a, b in itertools.pairwise(asked)]
+    assert 3 <= len(asked) <= 5
+    assert all(b >= 2 * a - 20 for a, b in itertools.pairwise(pauses))
+    assert sorted(federation.present) == [0, 1]
+
+
+@pytest.mark.parametrize("real_time", [True, False])
+def test_whoever_connects_first_does_not_say_how_many_there_are(real_time: bool, tmp_path: Path) -> None:
+    """On real devices the first meeting lasts a few seconds; simulated ones are all there at once."""
+
+    def alone(request: Message, reply: Message, partition: int) -> Message:
+        if request.metadata.message_type == "query.profile" and partition == 0:
+            reply.content.config_records["config"]["num-partitions"] = 1
+        return reply
+
+    class Late(Stage):
+        looks = 0
+
+        def get_node_ids(self) -> Iterable[int]:
+            self.looks += 1
+            return list(super().get_node_ids())[: 1 if self.looks < 5 else 4]
+
+    stage, federation = Late(toy_config(tmp_path, "fedavg"), lambda r: ids(0, 1, 2, 3), alter=alone), Federation()
+    stage.real_time = real_time  # type: ignore[attr-defined]
+    with patch("flexfed.flower.federation._SETTLE_S", 0.5):
+        federation.meet(stage, 60.0)
+    assert sorted(federation.devices) == ([1, 2, 3] if real_time else [0])
+    assert federation.num_partitions == (4 if real_time else 1)
 
 
 def test_a_client_with_other_code_is_asked_once_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from toy import ScriptedGrid
 
-from flexfed.flower.grid import InProcessGrid, StreamingGrid, is_simulated, stream
+from flexfed.flower.grid import MOST_BYTES, ROOM_BYTES, InProcessGrid, StreamingGrid, is_simulated, stream
 
 app = ClientApp()
 
@@ -283,6 +283,7 @@ def test_everything_is_sent_to_real_devices_before_replies_are_asked_for() -> No
 def test_fewer_large_replies_are_pulled_at_once(size: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one request brings is in memory together."""
     monkeypatch.setattr("flexfed.flower.grid.PULLED_BYTES", 2_000_000 + 20 * 1000)
+    monkeypatch.setattr("flexfed.flower.grid.MOST_BYTES", 10**12)
     grid, asked = Watched(4), list[int]()
     pull = grid.pull_messages
     grid.pull_messages = lambda ids: (asked.append(len(ids)), pull(ids))[1]  # type: ignore[method-assign]
@@ -347,7 +348,7 @@ def test_how_replies_are_taken_follows_from_what_is_behind_the_grid(
 ) -> None:
     monkeypatch.setattr("flexfed.flower.grid.is_simulated", lambda grid: simulated)
     made = stream(Watched(1), order, in_flight)
-    assert (made._ordered, made._in_flight, made._poll_s, made._real_time) == expected
+    assert (made._ordered, made._in_flight, made._poll_s, made.real_time) == expected
 
 
 def test_flowers_engine_and_this_process_are_simulated_and_nothing_else() -> None:
@@ -372,3 +373,50 @@ def test_a_reply_to_a_message_that_nobody_waits_for_is_passed_over(ordered: bool
     grid = Stray(3)
     replies = list(StreamingGrid(grid, ordered=ordered).send_and_receive([question(grid, p, p) for p in range(3)]))
     assert answers(replies) == [0, 1, 2]
+
+
+def test_no_more_replies_are_pulled_at_once_than_fit_if_all_of_them_lie() -> None:
+    grid, asked = Watched(4), list[int]()
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: (asked.append(len(ids)), pull(ids))[1]  # type: ignore[method-assign]
+    made = StreamingGrid(grid, ordered=False, in_flight=None, poll_s=0, real_time=True)
+    assert len(list(made.send_and_receive(question(grid, n % 4, n) for n in range(70)))) == 70
+    assert max(asked) * ROOM_BYTES < MOST_BYTES
+    assert max(asked) == 15
+
+
+def test_late_replies_are_pulled_no_more_at_once_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the messages of the exchange are that comes after theirs."""
+    monkeypatch.setattr("flexfed.flower.grid.PULLED_BYTES", 2_000_000)
+    grid = Trickle(8, monkeypatch)
+    made = StreamingGrid(grid, ordered=False, in_flight=None, real_time=True)
+
+    def large(n: int) -> Message:
+        message = question(grid, n, n)
+        message.content.config_records["config"]["padding"] = bytes(1_000_000)
+        return message
+
+    list(made.send_and_receive((large(n) for n in range(8)), timeout=0.5))
+    made._largest = 1
+    asked = list[int]()
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: (asked.append(len(ids)), pull(ids))[1]  # type: ignore[method-assign]
+    made.busy()
+    assert asked == [1] * 7
+
+
+def test_a_device_that_owes_a_reply_is_sent_nothing_in_the_exchanges_that_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A round has several exchanges; with one silent device each of them would last until its deadline."""
+    silent = Watched(3, alter=lambda request, reply, partition: None if partition == 1 else reply)
+    made = StreamingGrid(silent, ordered=False, in_flight=None, poll_s=0.001, real_time=True)
+    nodes = list(silent.get_node_ids())
+    list(made.send_and_receive([question(silent, p, p) for p in range(3)], timeout=0.1))
+    pushed, start = silent.pushed, time.monotonic()
+    replies = list(made.send_and_receive([question(silent, p, p) for p in range(3)], timeout=60))
+    assert time.monotonic() - start < 30
+    assert silent.pushed == pushed + 2
+    (owing,) = [reply for reply in replies if reply.has_error()]
+    assert made.origin(owing) == nodes[1]
+    assert "it still owes the reply to an earlier message" in owing.error.reason

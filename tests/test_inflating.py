@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tracemalloc
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.clientapp import ClientApp
@@ -241,3 +242,47 @@ def test_other_grids_stay_as_they_are() -> None:
     with replies_apart(grid, 1) as unreadable:
         assert vars(grid) == before
     assert unreadable == {}
+
+
+def test_a_reply_that_is_announced_and_not_sent_is_not_waited_for_beyond_the_deadline() -> None:
+    """The SuperLink hands a reply out before its pieces have come; Flower would wait for them for two hours."""
+    link = SuperLink()
+    for number in range(3):
+        link.leave(f"asked{number}", reply_of(number))
+    missing = {
+        key for key in link.objects if link.objects[key].startswith(b"ArrayChunk") and b"\x80?" in link.objects[key]
+    }
+    sent = link.PullObject
+
+    def pull(request: Any) -> PullObjectResponse:
+        if request.object_id in missing:
+            return PullObjectResponse(object_found=True, object_available=False)
+        return sent(request)
+
+    assert len(missing) == 1  # of the reply whose numbers are 1
+    link.PullObject = pull  # type: ignore[method-assign]
+    grid = http_grid(link)
+    start = time.monotonic()
+    with replies_apart(grid, MEGABYTE, until=start + 0.3):
+        pulled = list(grid.pull_messages([f"asked{n}" for n in range(3)]))
+    assert 0.3 <= time.monotonic() - start < 30
+    assert [reply.metadata.reply_to_message_id for reply in pulled] == ["asked0", "asked1", "asked2"]
+    assert [reply.has_error() for reply in pulled] == [False, True, False]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_reply_that_is_too_large_takes_no_piece_of_another_with_it(first: bool) -> None:
+    """Equal pieces (here what both say of themselves) are one object in the SuperLink."""
+    link = SuperLink()
+    large = reply_of(0, 10_000_000)
+    for reply in (large, small := reply_of(1)):
+        reply.content["submodel"] = ConfigRecord({"units": bytes(range(200))})
+    sizes = {"asked0": large, "asked1": small}
+    for asked in sorted(sizes, reverse=not first):
+        link.leave(asked, sizes[asked])
+    grid = http_grid(link)
+    with replies_apart(grid, 8 * MEGABYTE):
+        pulled = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(list(link.left))}
+    assert pulled["asked0"].has_error()
+    assert not pulled["asked1"].has_error()
+    assert pulled["asked1"].content["submodel"]["units"] == bytes(range(200))  # type: ignore[index]

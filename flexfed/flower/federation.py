@@ -17,6 +17,8 @@ from flexfed.flower.messages import cause_of, code_fingerprint, in_one_line, rea
 log = logging.getLogger("flwr")
 _WAIT_S = 60.0  # for nodes that have not connected yet, and for their profiles
 _POLL_S = 0.02
+_SETTLE_S = 3.0  # real devices connect one after the other: whoever is first does not decide how many there are
+_AGAIN_S = 60.0  # before a node that did not become a client is asked again; twice as long each time
 _RAISED = 2  # Flower's code of an error that the ClientApp raised
 MOST_BYTES = 1_000_000
 """Of a profile; its labels are the most of it."""
@@ -41,6 +43,7 @@ class Federation:
         self._settled: set[int] = set()  # connected nodes that need not be asked who they are
         self._grid: Grid | None = None
         self._claims: dict[int, int] = {}  # partition -> number of partitions that its client speaks of
+        self._again: dict[int, tuple[float, float]] = {}  # node -> when it may be asked again, and the pause after that
         self._reasons: list[str] = []  # why nodes did not become clients
 
     def meet(self, grid: Grid, timeout: float) -> None:
@@ -54,12 +57,13 @@ class Federation:
         self._grid = grid
         asked: set[int] = set()
         end = time.monotonic() + min(timeout, _WAIT_S)
-        while len(self.devices) < max(1, self.num_partitions) and time.monotonic() < end:
+        settled = time.monotonic() + (min(timeout, _SETTLE_S) if getattr(grid, "real_time", False) else 0.0)
+        while self._is_expected(settled) and time.monotonic() < end:
             connected = set(grid.get_node_ids())
             if new := sorted(connected - asked):
                 asked.update(new)
                 self._ask(new, connected, timeout)
-            elif asked and len(asked) >= max(1, self.num_partitions):
+            elif asked and len(asked) >= max(1, self.num_partitions) and time.monotonic() > settled:
                 break
             else:
                 time.sleep(_POLL_S)
@@ -69,6 +73,10 @@ class Federation:
             raise RuntimeError(f"no client answered the profile query: {why}")
         self.present = frozenset(self.nodes)
         log.info("%s of %s clients are here", len(self.devices), self.num_partitions)
+
+    def _is_expected(self, settled: float) -> bool:
+        """Whether more clients may come, from what those say that are here."""
+        return len(self.devices) < max(1, self.num_partitions) or time.monotonic() < settled
 
     def look_around(self, at_least: int, timeout: float) -> None:
         """Before a round: meet who is new or back, and see who has left or still works for an earlier round.
@@ -91,7 +99,8 @@ class Federation:
         assert self._grid is not None, "meet first"
         connected = set(self._grid.get_node_ids())
         self._settled &= connected  # who comes back may be another device now
-        if new := sorted(connected - self._settled):
+        now = time.monotonic()
+        if new := sorted(n for n in connected - self._settled if self._again.get(n, (0.0, 0.0))[0] <= now):
             self._ask(new, connected, _WAIT_S)
             self._leave_out_of_other_fleets()
         busy: set[int] = getattr(self._grid, "busy", set)()
@@ -149,9 +158,12 @@ class Federation:
         self.nodes[device.partition], self._partitions[node] = node, device.partition
         devices[device.partition], self._claims[device.partition] = device, num_partitions
         self._settled.add(node)
+        self._again.pop(node, None)
 
     def _leave_out(self, node: int, reason: str, for_good: bool) -> None:
         """Go on without a node; one that is not left out for good is asked again before the next round."""
+        pause = self._again.get(node, (0.0, _AGAIN_S))[1]
+        self._again[node] = time.monotonic() + pause, 2 * pause
         if for_good:
             self._settled.add(node)
         if reason not in self._reasons:  # once, not once for each client and round

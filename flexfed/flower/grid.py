@@ -22,8 +22,17 @@ IN_FLIGHT = 64
 PULLED_BYTES = 256 * 2**20
 """Of the replies that are pulled at once, about."""
 
+MOST_BYTES = 2 * 2**30
+"""Of the replies that are pulled at once, if all of them are as large as can be."""
+
 MOST_TIMES = 8
-"""A reply is at most this many times as large as what was sent (4 bits there, 32 back), beside `PULLED_BYTES`."""
+"""A reply is at most this many times as large as what was sent (4 bits there, 32 back), beside `ROOM_BYTES`."""
+
+ROOM_BYTES = 128 * 2**20
+"""For answers to small questions: FedStitch's sums over 4,000 channels."""
+
+LATE_S = 1.0
+"""To wait for what a late node has announced and not sent yet; it is dropped anyway."""
 
 POLL_S = 0.25
 """Between two questions to a SuperLink for replies: each takes about 20 ms of it."""
@@ -139,9 +148,11 @@ class StreamingGrid(Grid):
         self._ordered = ordered
         self._in_flight = in_flight
         self._poll_s = poll_s
-        self._real_time = real_time
+        self.real_time = real_time
         self._origins: dict[str, int] = {}
-        self._owed: dict[str, int] = {}  # message id -> node, of replies that came too late or not yet
+        self._owed: dict[str, tuple[int, int]] = {}  # message id -> node, and bytes sent to it, of late replies
+        self._at_work: set[int] = set()
+        self._until = math.inf
         self._largest = 1  # bytes of a message of this exchange
 
     @property
@@ -179,26 +190,30 @@ class StreamingGrid(Grid):
 
     def busy(self) -> set[int]:
         """Nodes that still work for an exchange that was closed without them; what they send now is dropped."""
+        self._until = time.monotonic() + LATE_S
+        self._largest = max((size for _, size in self._owed.values()), default=1)
         for ids in self._batches(list(self._owed)):
             for message_id, reply in self._read(ids):
                 self._owed.pop(message_id, None)
                 del reply
-        return set(self._owed.values())
+        return {node for node, _ in self._owed.values()}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Yield every reply once; a message without one by `timeout` seconds gives an error reply."""
         patience = timeout if timeout is not None else math.inf
+        self._at_work = self.busy() if self.real_time else set()
         self._origins.clear()
         self._largest = 1
         todo = iter(messages)
         waiting: OrderedDict[str, Message] = OrderedDict()  # message id -> what to say if no reply comes
         ready: dict[str, Message] = {}
         end, more = time.monotonic() + patience, True
+        self._until = end
         while more or waiting:
             for message in self._to_send(todo, waiting):
                 yield from self._push(message, waiting, patience)
                 del message
-                if not self._real_time:  # over a network a question takes as long as many messages
+                if not self.real_time:  # over a network a question takes as long as many messages
                     self._pull([i for i in waiting if i not in ready], waiting, ready)
                     yield from self._hand_out(waiting, ready)
             more = self._in_flight is not None and len(waiting) >= self._in_flight
@@ -206,12 +221,12 @@ class StreamingGrid(Grid):
             for ids in self._batches([i for i in waiting if i not in ready]):
                 got |= self._pull(ids, waiting, ready)
                 yield from self._hand_out(waiting, ready)
-            if got and not self._real_time:
-                end = time.monotonic() + patience
+            if got and not self.real_time:
+                self._until = end = time.monotonic() + patience
             if waiting and time.monotonic() > end:
                 yield from self._give_up(waiting, ready, todo)
                 return
-            if waiting and (self._real_time or not got):
+            if waiting and (self.real_time or not got):
                 time.sleep(self._poll_s)
 
     def _to_send(self, todo: Iterator[Message], waiting: Mapping[str, Message]) -> Iterator[Message]:
@@ -224,9 +239,13 @@ class StreamingGrid(Grid):
             del message
 
     def _push(self, message: Message, waiting: OrderedDict[str, Message], patience: float) -> Iterator[Message]:
-        if self._real_time and math.isfinite(patience):  # who finds it later need not work for a round that is over
+        if self.real_time and math.isfinite(patience):  # who finds it later need not work for a round that is over
             message.metadata.ttl = min(message.metadata.ttl, 2 * patience)
         node = message.metadata.dst_node_id
+        if node in self._at_work:
+            self._origins[f"unsent-{node}"] = node
+            yield _error(message, f"unsent-{node}", "not sent: it still owes the reply to an earlier message")
+            return
         self._largest = max(self._largest, num_bytes(message))
         ids = list(self._grid.push_messages([message]))
         if ids and ids[0]:
@@ -236,9 +255,14 @@ class StreamingGrid(Grid):
             self._origins[f"undelivered-{node}"] = node
             yield _error(message, f"undelivered-{node}", "the message could not be delivered: no such node", code=5)
 
+    @property
+    def _most(self) -> int:
+        """Bytes of a reply of this exchange, at most."""
+        return MOST_TIMES * self._largest + ROOM_BYTES
+
     def _batches(self, ids: list[str]) -> Iterator[list[str]]:
         """Ids to ask for at once: a reply is about as large as what was sent."""
-        size = min(_BATCH, max(1, PULLED_BYTES // self._largest))
+        size = max(1, min(_BATCH, PULLED_BYTES // self._largest, MOST_BYTES // self._most))
         return (ids[start : start + size] for start in range(0, len(ids), size))
 
     def _pull(self, ids: list[str], waiting: Mapping[str, Message], ready: dict[str, Message]) -> bool:
@@ -252,9 +276,8 @@ class StreamingGrid(Grid):
 
     def _read(self, ids: list[str]) -> Iterator[tuple[str, Message | str]]:
         """The replies that have come, by the message that they answer; a text for one that cannot be read."""
-        most = MOST_TIMES * self._largest + PULLED_BYTES
         try:
-            with replies_apart(self._grid, most) as unreadable:
+            with replies_apart(self._grid, self._most, self._until) as unreadable:
                 replies = [reply for reply in self._grid.pull_messages(ids) if isinstance(reply, Message)]
         except Exception as error:
             if _is_of_the_link(error):
@@ -283,7 +306,7 @@ class StreamingGrid(Grid):
         self, waiting: OrderedDict[str, Message], ready: dict[str, Message], unsent: Iterator[Message]
     ) -> Iterator[Message]:
         """What is there, and an error for each message that has no reply or was never sent."""
-        self._owed |= {i: self._origins[i] for i in waiting if i not in ready}
+        self._owed |= {i: (self._origins[i], self._largest) for i in waiting if i not in ready}
         for message_id, late in waiting.items():
             yield ready.get(message_id, late)
         for message in unsent:

@@ -13,7 +13,9 @@ Both reach into Flower; where its inner parts are called otherwise, nothing is c
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +55,7 @@ def arrays_of_at_most(most: int) -> Iterator[None]:
 
 
 @contextmanager
-def replies_apart(grid: Grid, most: int) -> Iterator[dict[str, str]]:
+def replies_apart(grid: Grid, most: int, until: float = math.inf) -> Iterator[dict[str, str]]:
     """While it lasts, a reply that cannot be read takes no other one of its pull with it.
 
     What is pulled in its place is no `Message`; a reply belongs to the message that the SuperLink says it answers,
@@ -62,6 +64,7 @@ def replies_apart(grid: Grid, most: int) -> Iterator[dict[str, str]]:
     Args:
         grid: of a deployment; any other stays as it is.
         most: bytes that one reply may have, as it travels and put together.
+        until: by `time.monotonic`: what a node has announced, and not sent by then, is not waited for.
 
     Yields:
         Id of a message -> why its reply cannot be read; filled while replies are pulled.
@@ -72,7 +75,7 @@ def replies_apart(grid: Grid, most: int) -> Iterator[dict[str, str]]:
     if put_together is None or not (hasattr(client, "PullMessages") and hasattr(client, "PullObject")):
         yield {}
         return
-    pull = _Pull(most, client.PullMessages, client.PullObject, put_together)
+    pull = _Pull(most, until, client.PullMessages, client.PullObject, put_together)
     with ExitStack() as stack:
         stack.enter_context(_replaced(client, "PullMessages", pull.messages))
         stack.enter_context(_replaced(client, "PullObject", pull.object))
@@ -89,12 +92,13 @@ class _Pull:
     """
 
     most: int
+    until: float
     pull_messages: Any
     pull_object: Any
     inflate: Any
     unreadable: dict[str, str] = field(default_factory=dict)
     _asked: dict[str, str] = field(default_factory=dict)  # id of a reply -> of the message that it answers
-    _owner: dict[str, str] = field(default_factory=dict)  # id of an object -> of the reply that it belongs to
+    _owners: dict[str, set[str]] = field(default_factory=dict)  # id of an object -> of the replies that hold it
     _bytes: dict[str, int] = field(default_factory=dict)  # pulled, of each reply
 
     def messages(self, request: Any) -> Any:
@@ -105,17 +109,23 @@ class _Pull:
             trees = [tree]
             while trees:
                 one = trees.pop()
-                self._owner.setdefault(one.object_id, reply.metadata.message_id)
+                self._owners.setdefault(one.object_id, set()).add(reply.metadata.message_id)
                 trees += one.children
         return response
 
     def object(self, request: Any) -> Any:
-        """A piece of a reply; of one that is too large it is as if there were none, which Flower tells as an error."""
-        owner = self._owner.get(request.object_id, "")
-        if self._bytes.get(owner, 0) > self.most:
-            return SimpleNamespace(object_found=False, object_available=False, object_content=b"")
+        """A piece of a reply; where one is too large, or late, it is as if there were none: Flower tells an error then.
+
+        Equal pieces of several replies travel once; a reply that is too large takes none of the others' with it.
+        """
+        owners = self._owners.get(request.object_id, {""})
+        if all(self._bytes.get(owner, 0) > self.most for owner in owners):
+            return _NOTHING
         response = self.pull_object(request)
-        self._bytes[owner] = self._bytes.get(owner, 0) + len(response.object_content)
+        if not response.object_available and time.monotonic() > self.until:
+            return _NOTHING
+        for owner in owners:
+            self._bytes[owner] = self._bytes.get(owner, 0) + len(response.object_content)
         return response
 
     def put_together(self, object_id: str, contents: dict[str, bytes], **options: Any) -> Any:
@@ -131,6 +141,9 @@ class _Pull:
             return SimpleNamespace(metadata=SimpleNamespace())
         reply.metadata.__dict__["_reply_to_message_id"] = asked
         return reply
+
+
+_NOTHING = SimpleNamespace(object_found=False, object_available=False, object_content=b"")
 
 
 @contextmanager
