@@ -61,9 +61,9 @@ class Settings:
         round_timeout: seconds after which an exchange closes without the replies that are missing. Where devices are
             simulated, and take turns, seconds without any reply. A device that missed it is not asked again before it
             has replied, or is known to be lost.
-        min_replies: a round with fewer valid replies leaves the model as it was; a phase of FedStitch is asked once more,
-            and then ends the run with the network it has. FlexFL draws sizes first, and may ask fewer. Before a round
-            the server waits, up to `round_timeout`, until so many devices are there; a cohort has at least so many.
+        min_replies: a round with fewer valid replies leaves the model as it was; a phase of FedStitch is asked once
+            more, and then ends the run with the network it has. Before a round the server waits, up to `round_timeout`,
+            until so many devices are there; a cohort has at least so many, but for FlexFL's, which draws sizes first.
         max_update_norm: largest L2 norm of what a reply holds, over all its numbers together and before it is weighed:
             the difference of the trained and the received part, and where compressed's clients send gradients
             (`compressed.mode`) the gradient. A reply beyond it is scaled down to it before it is folded, never refused

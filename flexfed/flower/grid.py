@@ -22,14 +22,14 @@ IN_FLIGHT = 64
 PULLED_BYTES = 256 * 2**20
 """Of the replies that are pulled at once, about."""
 
-MOST_BYTES = 2 * 2**30
+MOST_BYTES = 4 * 2**30
 """Of the replies that are pulled at once, if all of them are as large as can be."""
 
 MOST_TIMES = 8
 """A reply is at most this many times as large as what was sent (4 bits there, 32 back), beside `ROOM_BYTES`."""
 
-ROOM_BYTES = 128 * 2**20
-"""For answers to small questions: FedStitch's sums over 4,000 channels."""
+ROOM_BYTES = 2**26
+"""For answers to small questions: FedStitch's sums over 2,800 channels."""
 
 LATE_S = 1.0
 """To wait for what a late node has announced and not sent yet; it is dropped anyway."""
