@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device
-from flexfed.networks import Factory, build_on_meta
+from flexfed.networks import Factory, build_on_meta, holding
 from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes, resize
 from flexfed.training import Training, build_optimizer, samples_trained, use_batch_statistics
 from flexfed.units import Layout
@@ -143,7 +143,8 @@ def _forward_macs(factory: Factory, shapes: _Shapes, input_shape: tuple[int, ...
 
 def network_on_meta(factory: Factory, shapes: _Shapes) -> torch.nn.Module:
     """A network with tensors of these shapes, without memory, ready to train."""
-    return use_batch_statistics(resize(build_on_meta(factory), dict(shapes))).train()
+    known = dict(shapes)
+    return use_batch_statistics(resize(holding(build_on_meta(factory), known), known)).train()
 
 
 def training_macs(forward: int, num_samples: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
@@ -39,6 +39,18 @@ def build_on_meta(factory: Factory) -> nn.Module:
             return factory()
     except NotImplementedError:
         return factory().to("meta")
+
+
+def holding(model: nn.Module, tensors: Collection[str]) -> nn.Module:
+    """A network as far as it can be had with these tensors of its state dict alone (`flexfed.exits`)."""
+    missing = [name for name in travelling(model) if name not in tensors]
+    without = getattr(model, "without", None)
+    return without(missing) if missing and without is not None else model
+
+
+def outputs(model: nn.Module, inputs: torch.Tensor) -> object:
+    """All that a network computes: the logits of every exit where it has several (`flexfed.exits`)."""
+    return getattr(model, "logits", model)(inputs)
 
 
 def travelling(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flexfed.networks import Factory, build_on_meta, travelling
+from flexfed.networks import Factory, build_on_meta, holding, travelling
 from flexfed.units import Arrays, Layout
 
 Cut = Literal["all", "rows", "weight-rows"]
@@ -407,7 +407,7 @@ def narrow(factory: Factory, arrays: Mapping[str, np.ndarray]) -> nn.Module:
         ValueError: a tensor the network does not have, one it has and `arrays` lacks, or a buffer that is not
             part of the state dict (its values would be lost).
     """
-    model = build_on_meta(factory)
+    model = holding(build_on_meta(factory), arrays)
     known = model.state_dict().keys()
     extra, missing = arrays.keys() - known, travelling(model).keys() - arrays.keys()
     if extra or missing:

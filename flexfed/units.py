@@ -21,6 +21,7 @@ from flexfed.networks import (
     Factory,
     build_on_meta,
     is_depthwise,
+    outputs,
     refuse_lost_buffers,
     refuse_uncuttable,
     travelling,
@@ -217,7 +218,7 @@ def _traced_groups(
 def _dependency_groups(model: nn.Module, example: torch.Tensor) -> tuple[Any, list[Any]]:
     import torch_pruning as tp
 
-    graph = tp.DependencyGraph().build_dependency(model, example)
+    graph = tp.DependencyGraph().build_dependency(model, example, forward_fn=outputs)
     return graph, list(graph.get_all_groups(root_module_types=[nn.modules.conv._ConvNd, nn.Linear]))
 
 
