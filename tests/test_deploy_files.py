@@ -160,9 +160,12 @@ def flower(tmp_path: Path) -> Callable[[str], Path]:
 
     def write(name: str, then: str = "") -> Path:
         program, calls = tmp_path / "bin" / name, tmp_path / "calls"
-        program.parent.mkdir(exist_ok=True)
+        for folder in (program.parent, calls):
+            folder.mkdir(exist_ok=True)
         quiet = "$FLWR_TELEMETRY_ENABLED$FLWR_DISABLE_UPDATE_CHECK"
-        program.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$PWD" "{quiet}" "$0" "$@" "" >>"{calls}"\n{then}\n')
+        # A file for each call, there at once: bash writes line by line, and two programs may start together.
+        note = f'call="{calls}/$EPOCHREALTIME-$$"\nprintf "%s\\n" "$PWD" "{quiet}" "$0" "$@" >"$call.part"\n'
+        program.write_text(f'#!/usr/bin/env bash\n{note}mv "$call.part" "$call.call"\n{then}\n')
         program.chmod(0o755)
         return calls
 
@@ -191,8 +194,7 @@ def superlink(trust: Path, tmp_path: Path, *args: str) -> Iterator[subprocess.Po
 
 def started(calls: Path, program: str) -> list[list[str]]:
     """The words with which a program was started, each time: where, how quiet, and its own."""
-    text = calls.read_text() if calls.exists() else ""
-    found = [call.split("\n") for call in text.split("\n\n") if call]
+    found = [call.read_text().split("\n")[:-1] for call in sorted(calls.glob("*.call"))]
     return [[where, quiet, *words] for where, quiet, name, *words in found if name.endswith(f"/{program}")]
 
 
