@@ -32,7 +32,7 @@ from benchmarks.memory import table
 from benchmarks.speed import ONE_THREAD, machine
 from flexfed.flower.grid import stream
 from flexfed.flower.messages import to_array
-from flexfed.launch import _free_ports
+from flexfed.launch import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "superlink.md"
@@ -238,7 +238,7 @@ class SuperLink:
 def superlink(kind: str) -> Iterator[SuperLink]:
     """A SuperLink of our own while the block lasts."""
     with tempfile.TemporaryDirectory(prefix="flexfed-") as folder, ExitStack() as stack:
-        home, bin_dir, (port,) = Path(folder), Path(sys.executable).parent, _free_ports(1)
+        home, bin_dir, (port,) = Path(folder), Path(sys.executable).parent, free_ports(1)
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )

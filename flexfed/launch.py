@@ -153,7 +153,7 @@ def private_flower(bin_dir: Path) -> Iterator[Flower]:
 
 
 def _environment(home: Path, bin_dir: Path) -> dict[str, str]:
-    control, http = _free_ports(2)
+    control, http = free_ports(2)
     ours = {
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
@@ -169,7 +169,7 @@ def _environment(home: Path, bin_dir: Path) -> dict[str, str]:
     return {**os.environ, **ours}
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports nobody listens on; all are held until all are known, so they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

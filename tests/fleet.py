@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from flexfed.launch import Flower, private_flower
+from flexfed.launch import Flower, free_ports, private_flower
 from flexfed.processes import marked_processes, stop_processes
 from flexfed.runs import Run, load_run, read_rounds
 
@@ -300,15 +299,6 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def write_digits(folder: Path, rows: Sequence[int], split: str = "train") -> None:

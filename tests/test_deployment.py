@@ -11,12 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from fleet import Fleet, Submitted, a_fleet, free_ports, write_digits
+from fleet import Fleet, Submitted, a_fleet, write_digits
 
 import server_app
 from flexfed.config import Experiment
 from flexfed.cost import message_bytes, part_bytes, round_macs
 from flexfed.data import load_server
+from flexfed.launch import free_ports
 from flexfed.methods.flexfl import LEVELS, MAIN_LEVELS, largest_first
 from flexfed.overrides import defaults
 from flexfed.training import samples_trained

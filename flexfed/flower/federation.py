@@ -161,7 +161,7 @@ class Federation:
         self._again.pop(node, None)
 
     def _leave_out(self, node: int, reason: str, for_good: bool) -> None:
-        """Go on without a node; one that is not left out for good is asked again before the next round."""
+        """Go on without a node; one that is not left out for good is asked again, less and less often."""
         pause = self._again.get(node, (0.0, _AGAIN_S))[1]
         self._again[node] = time.monotonic() + pause, 2 * pause
         if for_good:

@@ -124,8 +124,8 @@ class StreamingGrid(Grid):
     """Wraps a grid so that `send_and_receive` yields replies one at a time, as they can be folded.
 
     Nothing is sent before the caller iterates, and no more than `in_flight` messages are sent and not yet
-    folded: that bounds what waits on either side. Replies are pulled for several messages at once, as many as
-    together are no larger than what was sent to fill `PULLED_BYTES`.
+    folded: that bounds what waits on either side. One question asks for the replies to several messages: for as many
+    as fill `PULLED_BYTES`, if a reply is as large as what was sent.
 
     Args:
         grid: Flower's.
@@ -243,8 +243,7 @@ class StreamingGrid(Grid):
             message.metadata.ttl = min(message.metadata.ttl, 2 * patience)
         node = message.metadata.dst_node_id
         if node in self._at_work:
-            self._origins[f"unsent-{node}"] = node
-            yield _error(message, f"unsent-{node}", "not sent: it still owes the reply to an earlier message")
+            yield self._unsent(message, "not sent: it still owes the reply to an earlier message")
             return
         self._largest = max(self._largest, num_bytes(message))
         ids = list(self._grid.push_messages([message]))
@@ -252,8 +251,13 @@ class StreamingGrid(Grid):
             self._origins[ids[0]] = node
             waiting[ids[0]] = _error(message, ids[0], "no reply before round-timeout")
         else:
-            self._origins[f"undelivered-{node}"] = node
-            yield _error(message, f"undelivered-{node}", "the message could not be delivered: no such node", code=5)
+            yield self._unsent(message, "the message could not be delivered: no such node", code=5)
+
+    def _unsent(self, message: Message, reason: str, code: int = 0) -> Message:
+        """What to say of a message that never left, and therefore has no id."""
+        node = message.metadata.dst_node_id
+        self._origins[f"unsent-{node}"] = node
+        return _error(message, f"unsent-{node}", reason, code)
 
     @property
     def _most(self) -> int:
@@ -310,9 +314,7 @@ class StreamingGrid(Grid):
         for message_id, late in waiting.items():
             yield ready.get(message_id, late)
         for message in unsent:
-            node = message.metadata.dst_node_id
-            self._origins[f"unsent-{node}"] = node
-            yield _error(message, f"unsent-{node}", "not sent before round-timeout")
+            yield self._unsent(message, "not sent before round-timeout")
 
 
 def stream(grid: Grid, reply_order: str = "auto", in_flight: int = 0) -> StreamingGrid:
