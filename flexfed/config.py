@@ -40,6 +40,9 @@ class Settings:
     Attributes:
         weights: start from a safetensors file, 'torchvision' for the pretrained weights in the local cache, or 'zoo'
             for the blocks of a stitched network.
+        stages: for methods with early exits, names of modules behind which the network may end, in the order in which
+            they run; the last one ends in the network's own classifier. '' = the network's own stages
+            (`flexfed.exits.own_stages`).
         fraction_train: share of the devices in a round's cohort.
         fraction_evaluate: share of the devices that test their level on their own samples (`test_per_label`).
         evaluate_every: rounds between evaluations; the last round is always evaluated.
@@ -81,6 +84,7 @@ class Settings:
     strategy: str = "flexfl"
     model: str = "cnn"
     weights: str = ""
+    stages: tuple[str, ...] = ()
     fleet: str = "skewed"
     num_server_rounds: int = 30
     fraction_train: float = 0.5
@@ -177,7 +181,12 @@ class Experiment:
         """
         factory = model_factory(self.settings.model, num_classes, input_shape)
         check_model(self.settings.model, num_classes, input_shape)
-        return Task(factory, self._layout(factory, input_shape), input_shape, num_classes, self.training, self.method)
+        attach = METHODS[self.settings.strategy].exits
+        exits = attach(self.method, self.settings.stages) if attach else None
+        if exits is not None:
+            factory = exits.of(factory, input_shape, num_classes)
+        layout = self._layout(factory, input_shape)
+        return Task(factory, layout, input_shape, num_classes, self.training, self.method, exits)
 
     def _layout(self, factory: Factory, input_shape: tuple[int, ...]) -> Layout:
         try:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device
-from flexfed.networks import Factory, build_on_meta, holding
+from flexfed.networks import Factory, build_on_meta, holding, outputs
 from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes, resize
 from flexfed.training import Training, build_optimizer, samples_trained, use_batch_statistics
 from flexfed.units import Layout
@@ -160,7 +160,7 @@ def round_macs(forward: int, num_examples: int, training: Training) -> int:
 def training_memory(
     factory: Factory, layout: Layout, submodel: Submodel, input_shape: tuple[int, ...], training: Training
 ) -> int:
-    """Bytes of all tensors alive at the worst moment of training a part.
+    """Bytes of all tensors alive at the worst moment of training a part, all of its exits at once.
 
     A training step is replayed on `meta`, where tensors have sizes but no memory, and every storage is followed
     from the operation that makes it to its end. Counted, each storage once: weights, gradients and the optimiser's
@@ -193,7 +193,7 @@ def _training_memory(factory: Factory, shapes: _Shapes, input_shape: tuple[int, 
         optimizer.zero_grad(set_to_none=True)
         inputs = torch.empty(training.batch_size, *input_shape, device="meta")
         labels = torch.empty(training.batch_size, dtype=torch.int64, device="meta")
-        loss = functional.cross_entropy(model(inputs), labels)
+        loss = torch.stack([functional.cross_entropy(logits, labels) for logits in outputs(model, inputs)]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     peak: int = storages.peak_bytes

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from flexfed.batchnorm import Statistics, collect_sums, statistics
-from flexfed.jobs import TEST_BATCH, Task, evaluate_part
+from flexfed.jobs import TEST_BATCH, Task, evaluate_part_exits
+from flexfed.runs import EXIT_PREFIX
 from flexfed.submodel import Submodel, extract
 from flexfed.training import Samples, batches
 from flexfed.units import Arrays
@@ -31,7 +32,7 @@ def measure_levels(
     deployed: Callable[[str], Arrays],
     samples: Samples,
 ) -> dict[str, float]:
-    """Accuracy of every level, the mean over the `headline` levels, and accuracy and loss of the last one.
+    """Accuracy of every level and of each of its exits, the mean over the `headline` levels, and the last one's loss.
 
     Args:
         task: the network.
@@ -41,11 +42,17 @@ def measure_levels(
         deployed: name -> the level's tensors.
         samples: the test split.
     """
-    results = {name: evaluate_part(task, deployed(name), own, samples) for name, own in found.items()}
+    tested = {name: evaluate_part_exits(task, deployed(name), own, samples) for name, own in found.items()}
+    results = {name: own[0] for name, own in tested.items()}
     top = list(results.values())[-1]
     mean = float(np.mean([results[name].accuracy for name in headline]))
     by_level = {f"accuracy-{name}": result.accuracy for name, result in results.items()}
-    return {"accuracy": top.accuracy, "loss": top.loss, "accuracy-levels": mean, **by_level}
+    by_exit = {
+        f"{EXIT_PREFIX}{name}-{exit}": result.accuracy
+        for name, (_, *exits) in tested.items()
+        for exit, result in enumerate(exits, start=1)
+    }
+    return {"accuracy": top.accuracy, "loss": top.loss, "accuracy-levels": mean, **by_level, **by_exit}
 
 
 def with_statistics(arrays: Arrays, found: Statistics | None) -> Arrays:

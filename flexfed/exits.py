@@ -6,18 +6,45 @@ stays one call. So whatever a stage does inside, the network can end behind it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from flexfed.models.heads import HEADS
-from flexfed.networks import WAY_OUT, Factory, build_on_meta
+from flexfed.networks import EXITS, STAGES_ATTRIBUTE, WAY_OUT, Factory, build_on_meta, travelling
 
-EXITS = "exits"
-"""Name of the module that holds the classifiers; each is called after its stage, with "_" for "."."""
+MOST_STAGES = 4
+"""Of a network's own: as many as the papers' networks have."""
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Where a network's exits stand, and what they are.
+
+    Attributes:
+        stages: names of modules, in the order in which they run; the last one ends in the network's own classifier.
+            Empty = the network's own (`own_stages`).
+        design: of the other classifiers, a key of `flexfed.models.heads.HEADS`.
+        ensemble: whether the prediction is the mean of the logits of all classifiers, not those of the last.
+    """
+
+    stages: tuple[str, ...]
+    design: str
+    ensemble: bool = False
+
+    def of(self, factory: Factory, input_shape: tuple[int, ...], num_classes: int) -> Factory:
+        """The factory of a network with these exits.
+
+        Raises:
+            ValueError: see `exit_factory`.
+        """
+        stages = self.stages or own_stages(factory, input_shape)
+        return exit_factory(factory, stages, self.design, input_shape, num_classes, self.ensemble)
 
 
 class ExitNetwork(nn.Module):
@@ -30,24 +57,35 @@ class ExitNetwork(nn.Module):
         children: the modules that the graph calls, by their names.
         graph: of one input; gives the logits of every classifier, the shallowest first.
         ensemble: whether the prediction is the mean of the logits.
+        plain: the network without exits, which shares its modules.
     """
 
-    def __init__(self, children: Mapping[str, nn.Module], graph: fx.Graph, ensemble: bool = False):
+    def __init__(self, children: Mapping[str, nn.Module], graph: fx.Graph, ensemble: bool, plain: nn.Module):
         super().__init__()
         for name, module in children.items():
             _put_module(self, name, module)
         self._graph = graph
         self.ensemble = ensemble
+        self._plain = (plain,)  # no submodule: its tensors are these
+
+    @property
+    def plain(self) -> nn.Module:
+        """The network without exits; shares its modules."""
+        return self._plain[0]
 
     def logits(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Of every classifier, each (n, classes)."""
+        """Of every classifier, each (n, classes), the shallowest first."""
         found: tuple[Tensor, ...] = fx.Interpreter(self, graph=self._graph).run(inputs)
         return found
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The prediction."""
+    def predict(self, logits: Sequence[Tensor]) -> Tensor:
+        """The prediction that follows from the logits of every classifier."""
+        return torch.stack(tuple(logits)).mean(0) if self.ensemble else logits[-1]
+
+    def forward(self, inputs: Tensor, every: bool = False) -> Any:
+        """The prediction, (n, classes); with `every`, the logits of every classifier."""
         found = self.logits(inputs)
-        return torch.stack(found).mean(0) if self.ensemble else found[-1]
+        return found if every else self.predict(found)
 
     @property
     def num_exits(self) -> int:
@@ -66,7 +104,7 @@ class ExitNetwork(nn.Module):
         copied: Any = graph.graph_copy(self._graph, {})
         graph.output(tuple(copied[:num_exits]))
         graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-        return ExitNetwork(_called(self, graph), graph, self.ensemble)
+        return ExitNetwork(_called(self, graph), graph, self.ensemble, self.plain)
 
     def without(self, missing: Collection[str]) -> nn.Module:
         """The deepest network that has none of these tensors; itself where none is missing."""
@@ -103,7 +141,7 @@ def with_exits(
     output = _output(graph)
     output.args = ((*found, output.args[0]),)
     graph.lint()
-    return ExitNetwork(children, graph, ensemble)
+    return ExitNetwork(children, graph, ensemble, model)
 
 
 def exit_factory(
@@ -146,8 +184,93 @@ def _with_designed_exits(
     num_classes: int,
     ensemble: bool,
 ) -> ExitNetwork:
+    model = factory()  # before the classifiers: from equal seeds it has the weights that it has without them
     heads = [HEADS[design](shapes, stage, num_classes) for stage in range(len(stages) - 1)]
-    return with_exits(factory(), stages[:-1], heads, ensemble)
+    return with_exits(model, stages[:-1], heads, ensemble)
+
+
+@lru_cache(maxsize=16)
+def depth_keys(factory: Factory) -> tuple[frozenset[str], ...]:
+    """The tensors of a network that ends at its first, second, ... classifier, as `Submodel.keys` names them."""
+    model = build_on_meta(factory)
+    assert isinstance(model, ExitNetwork)
+    return tuple(frozenset(travelling(model.until(num))) for num in range(1, model.num_exits + 1))
+
+
+def own_stages(factory: Factory, input_shape: tuple[int, ...]) -> tuple[str, ...]:
+    """A network's stages: those that its attribute `stages` names, or the last modules at each spatial resolution.
+
+    Of the latter the deepest `MOST_STAGES` that have weights of their own count. They are looked for among the
+    outermost modules, and inside containers that run them one after the other. In torchvision's ResNets they are layer1
+    to layer4, in its VGGs the layers before the pools.
+
+    Args:
+        factory: of the network.
+        input_shape: of one sample.
+
+    Raises:
+        ValueError: there are not two of them; says how to name stages.
+    """
+    model = build_on_meta(factory)
+    if named := getattr(model, STAGES_ATTRIBUTE, None):
+        return tuple(named)
+    stages = _with_weights(model, _resolutions(model, input_shape))[-MOST_STAGES:]
+    if len(stages) < 2:
+        top = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"{type(model).__name__} has no stages of its own, for its outermost modules keep one resolution or none; "
+            f"name two modules or more behind which it may end, like stages='a, b'; its outermost ones are {top}"
+        )
+    return tuple(_outermost(model, name, stages) for name in stages)
+
+
+def _resolutions(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[str, int]]:
+    """The modules that run once each, in order, with the number of places of their outputs; 0 = none."""
+    ran: list[tuple[str, int]] = []
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            ran.append((name, output[0, 0].numel() if isinstance(output, Tensor) and output.dim() > 2 else 0))
+
+        return hook
+
+    for name in _sequence(model):
+        model.get_submodule(name).register_forward_hook(note(name))
+    with torch.no_grad():
+        model(torch.zeros(2, *input_shape, device="meta"))
+    calls = Counter(name for name, _ in ran)
+    return [(name, places) for name, places in ran if calls[name] == 1]
+
+
+def _with_weights(model: nn.Module, ran: Sequence[tuple[str, int]]) -> list[str]:
+    """The last modules at each resolution above one place, where weights were used since the one before."""
+    last = {places: name for name, places in ran}  # later ones replace earlier ones
+    stages, has_weights = [], False
+    for name, places in ran:
+        has_weights |= any(tensor.dim() > 1 for tensor in model.get_submodule(name).parameters())
+        if places > 1 and last[places] == name and has_weights:
+            stages.append(name)
+            has_weights = False
+    return stages
+
+
+def _sequence(model: nn.Module, prefix: str = "") -> Iterator[str]:
+    """Names of the outermost modules, those inside plain containers in their stead."""
+    for name, module in model.named_children():
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            yield from _sequence(module, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _outermost(model: nn.Module, name: str, stages: Sequence[str]) -> str:
+    """The container that ends with a module and holds no other stage, if there is one: they have one output."""
+    parent, _, leaf = name.rpartition(".")
+    container = model.get_submodule(parent) if parent else None
+    alone = not any(stage.startswith(f"{parent}.") for stage in stages if stage != name)
+    if alone and isinstance(container, nn.Sequential) and leaf == list(container._modules)[-1]:
+        return _outermost(model, parent, stages)
+    return name
 
 
 def stage_shapes(model: nn.Module, stages: Sequence[str], input_shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from flexfed.batchnorm import Statistics, apply_statistics, norm_widths
 from flexfed.codecs import PLAIN, through
 from flexfed.cost import num_parameters
 from flexfed.evaluation import with_statistics
+from flexfed.exits import Exits
 from flexfed.levels import RunLevels, read_levels
 from flexfed.models import model_factory
 from flexfed.networks import Factory
@@ -162,6 +163,8 @@ def _facts(found: RunLevels, level: str) -> dict[str, str]:
         facts["statistics-round"] = max(rounds)
     if (accuracy := accuracies.get(checkpoint.server_round)) is not None:
         facts["accuracy"] = accuracy
+    if found.task.exits is not None:
+        facts["exits"] = asdict(found.task.exits)
     words = {"format": FORMAT, "model": told["model"], "level": level, "strategy": told["strategy"]}
     return {**words, "run": found.run.path.name, **{key: json.dumps(value) for key, value in facts.items()}}
 
@@ -189,7 +192,11 @@ def load_exported(path: str | Path) -> nn.Module:
         ValueError: not such a file, or a damaged one; or the network's builder is not there.
     """
     facts, arrays = _read(Path(path).expanduser())
-    factory = model_factory(facts["model"], int(facts["num-classes"]), tuple(json.loads(facts["input-shape"])))
+    num_classes, input_shape = int(facts["num-classes"]), tuple(json.loads(facts["input-shape"]))
+    factory = model_factory(facts["model"], num_classes, input_shape)
+    if "exits" in facts:
+        told = json.loads(facts["exits"])
+        factory = Exits(**{**told, "stages": tuple(told["stages"])}).of(factory, input_shape, num_classes)
     return plain_network(factory, arrays)
 
 

@@ -13,6 +13,7 @@ from flexfed.batchnorm import Statistics, apply_statistics
 from flexfed.codecs import PLAIN
 from flexfed.cost import forward_macs, memory_budget, testing_memory, training_macs, training_memory
 from flexfed.devices import Device
+from flexfed.exits import Exits
 from flexfed.measure import free_memory
 from flexfed.models import load_weights
 from flexfed.networks import Factory, travelling
@@ -33,7 +34,7 @@ from flexfed.training import (
     Step,
     Training,
     cross_entropy,
-    evaluate,
+    evaluate_exits,
     fit,
     plain_step,
     use_batch_statistics,
@@ -128,7 +129,12 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Task:
-    """The network and how it is trained: the same on the server and on every client."""
+    """The network and how it is trained: the same on the server and on every client.
+
+    Attributes:
+        factory: of the whole network, its exits included.
+        exits: those that the method attached to it.
+    """
 
     factory: Factory
     layout: Layout
@@ -136,6 +142,7 @@ class Task:
     num_classes: int
     training: Training
     method: Any
+    exits: Exits | None = None
 
     def macs(self, submodel: Submodel) -> int:
         """Multiply-accumulates of one sample's forward pass through a part."""
@@ -270,9 +277,16 @@ def evaluate_part(
     task: Task, arrays: Arrays, statistics: Statistics | None, samples: Samples, batch_size: int = TEST_BATCH
 ) -> Evaluation:
     """Test a part with the batch-norm statistics of its level, or with those of each batch (None)."""
+    return evaluate_part_exits(task, arrays, statistics, samples, batch_size)[0]
+
+
+def evaluate_part_exits(
+    task: Task, arrays: Arrays, statistics: Statistics | None, samples: Samples, batch_size: int = TEST_BATCH
+) -> list[Evaluation]:
+    """The same of the part's prediction, and behind it of each of its exits, if it has several."""
     if statistics is None and len(samples.labels) % batch_size == 1:
-        return Evaluation(0, 0.0, 0)  # a batch of one sample has no variance: nothing to report
+        return [Evaluation(0, 0.0, 0)]  # a batch of one sample has no variance: nothing to report
     model = task.network(arrays)
     if statistics is not None:
         apply_statistics(model, statistics)
-    return evaluate(model, samples, batch_size)
+    return evaluate_exits(model, samples, batch_size)

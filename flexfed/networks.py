@@ -14,6 +14,12 @@ Factory = Callable[[], nn.Module]
 Convention = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation of each channel by which a network wants its inputs normalised, images being in 0..1."""
 
+EXITS = "exits"
+"""Name of the module that holds a network's early classifiers; each is called after its stage, with "_" for "."."""
+
+STAGES_ATTRIBUTE = "stages"
+"""Of a network that names its own stages (`flexfed.exits`): names of modules, in the order in which they run."""
+
 WAY_OUT = "; replace that module, or give the network a hand-written Layout as its attribute `layout`"
 
 
@@ -48,9 +54,15 @@ def holding(model: nn.Module, tensors: Collection[str]) -> nn.Module:
     return without(missing) if missing and without is not None else model
 
 
-def outputs(model: nn.Module, inputs: torch.Tensor) -> object:
+def outputs(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All that a network computes: the logits of every exit where it has several (`flexfed.exits`)."""
-    return getattr(model, "logits", model)(inputs)
+    found = model(inputs, every=True) if hasattr(model, "predict") else model(inputs)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def predicted(model: nn.Module, found: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The prediction, from what a network's call gave: it may have been asked for the logits of every exit."""
+    return model.predict(found) if isinstance(found, tuple) else found  # type: ignore[operator]
 
 
 def travelling(model: nn.Module) -> dict[str, torch.Tensor]:

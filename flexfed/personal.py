@@ -9,15 +9,16 @@ import numpy as np
 from flexfed.data import ClientData
 from flexfed.evaluation import part_statistics
 from flexfed.jobs import Part, Task, evaluate_part
-from flexfed.submodel import Submodel, flatten, unflatten, unpack
+from flexfed.submodel import Submodel, flatten, pack, unflatten, unpack
 from flexfed.training import Evaluation
 from flexfed.units import Arrays
 
 
 def model_state(task: Task, part: Part) -> Arrays:
     """A client's own model for its private state."""
-    whole = Submodel(part.submodel.units)  # masked entries are zeros in it
-    return {"model/units": np.packbits(whole.units), "model/part": flatten(task.layout, whole, part.arrays)}
+    whole = Submodel(part.submodel.units, part.submodel.keys)  # masked entries are zeros in it
+    described = {f"model/{name}": np.frombuffer(data, dtype=np.uint8) for name, data in pack(whole).items()}
+    return {**described, "model/part": flatten(task.layout, whole, part.arrays)}
 
 
 def stored_model(task: Task, state: Mapping[str, np.ndarray]) -> Part:
@@ -28,7 +29,8 @@ def stored_model(task: Task, state: Mapping[str, np.ndarray]) -> Part:
     """
     if "model/units" not in state:
         raise ValueError("this client keeps no model of its own: it has trained none in this run")
-    submodel = unpack(task.layout, {"units": state["model/units"].tobytes()})
+    packed = {name: state[f"model/{name}"].tobytes() for name in ("units", "keys") if f"model/{name}" in state}
+    submodel = unpack(task.layout, packed)
     return Part(submodel, unflatten(task.layout, submodel, state["model/part"]))
 
 

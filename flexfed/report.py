@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexfed.runs import Metrics, Run, leaves_devices_out, quality_metrics, title_of
+from flexfed.runs import EXIT_PREFIX, Metrics, Run, leaves_devices_out, quality_metrics, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -163,11 +163,13 @@ def plain_text(width: int, *renderables: Any) -> str:
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
-    """The largest model first, then the levels from small to large, then means over devices."""
-    levels = [f"accuracy-{name}" for name in level_names(names)]
+    """The largest model first, then the levels from small to large, the exits of the largest, means over devices."""
+    own = level_names(names)
+    levels = [f"accuracy-{name}" for name in own]
+    exits = sorted(name for name in names if own and name.startswith(f"{EXIT_PREFIX}{own[-1]}-"))
     known = [name for name in _NAMES if name != "accuracy"]
     by_capability = sorted(n for n in names if n.startswith(f"accuracy-{_PERSONAL}") and n not in known)
-    wanted = ["accuracy", *levels, *known, *by_capability]
+    wanted = ["accuracy", *levels, *exits, *known, *by_capability]
     return [name for name in wanted if name in names]
 
 
@@ -186,6 +188,8 @@ def _label(summary: Mapping[str, Any], name: str) -> str:
     """What a row of the accuracies is called."""
     if name == "accuracy-levels" and summary.get("headline-levels"):
         return f"mean of {', '.join(summary['headline-levels'])}"
+    if name.startswith(EXIT_PREFIX):
+        return "level {}, exit {}".format(*name.removeprefix(EXIT_PREFIX).rsplit("-", 1))
     level = name.removeprefix("accuracy-")
     usual = f"personal, {level.removeprefix(_PERSONAL)}" if level.startswith(_PERSONAL) else f"level {level}"
     return _NAMES.get(name, usual)

@@ -36,6 +36,8 @@ OWN_TOTALS = ("flops-nnz", "flops-structural", "bits-up-row-sparse", "modelled-s
 DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
 # The same of models of their own: over the clients whose device can train anything at all.
 PERSONAL_MEANS = frozenset({"accuracy-personal", "accuracy-personal-worst-tenth"})
+# Of the accuracy of one exit of a level: "exit-accuracy-<level>-<exit>", the shallowest is exit 1.
+EXIT_PREFIX = "exit-accuracy-"
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
 CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "client-seconds", "client-joules", "time", "timestamp"})
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flexfed.networks import outputs, predicted
+
 OPTIMIZERS = ("sgd", "adam")
 
 
@@ -93,6 +95,12 @@ class Evaluation:
     def loss(self) -> float:
         """Mean cross-entropy."""
         return self.loss_sum / self.num_samples if self.num_samples else math.nan
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """Of the samples of both."""
+        return Evaluation(
+            self.correct + other.correct, self.loss_sum + other.loss_sum, self.num_samples + other.num_samples
+        )
 
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -204,8 +212,8 @@ class _LastOutput:
         self._model = model
 
     def __enter__(self) -> _LastOutput:
-        def remember(_: nn.Module, __: object, output: Tensor) -> None:
-            self.value = output.detach()
+        def remember(model: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            self.value = predicted(model, output).detach()
 
         self._handle = self._model.register_forward_hook(remember)
         return self
@@ -249,14 +257,24 @@ def batches(
 @torch.no_grad()
 def evaluate(model: nn.Module, samples: Samples, batch_size: int = 128) -> Evaluation:
     """Test a network in eval mode, in the order given; the mode it was in is restored."""
+    return evaluate_exits(model, samples, batch_size)[0]
+
+
+@torch.no_grad()
+def evaluate_exits(model: nn.Module, samples: Samples, batch_size: int = 128) -> list[Evaluation]:
+    """The same of the network's prediction, and behind it of each of its exits, the shallowest first, if it has any."""
     training = model.training
     model.eval()
-    correct = num = 0
-    loss_sum = 0.0
+    found: list[Evaluation] = []
     for batch in batches(samples, batch_size):
-        logits = model(batch.inputs)
-        correct += int((logits.argmax(1) == batch.labels).sum())
-        loss_sum += float(functional.cross_entropy(logits, batch.labels, reduction="sum"))
-        num += len(batch.labels)
+        logits = outputs(model, batch.inputs)
+        tested = [predicted(model, logits), *logits] if len(logits) > 1 else [*logits]
+        own = [_tested(each, batch.labels) for each in tested]
+        found = [a + b for a, b in zip(found, own, strict=True)] if found else own
     model.train(training)
-    return Evaluation(correct, loss_sum, num)
+    return found or [Evaluation(0, 0.0, 0)]
+
+
+def _tested(logits: Tensor, labels: Tensor) -> Evaluation:
+    loss = float(functional.cross_entropy(logits, labels, reduction="sum"))
+    return Evaluation(int((logits.argmax(1) == labels).sum()), loss, len(labels))

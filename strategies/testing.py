@@ -42,7 +42,8 @@ class ClientTests:
     def __init__(self, strategy: SubmodelStrategy):
         self._strategy = strategy
         self._levels: dict[int, str] = {}  # this round's testers of levels
-        self._kept: dict[int, np.ndarray] = {}  # partition -> units of the part that it trained last
+        self._kept: dict[int, Submodel] = {}  # partition -> the part that it trained last, without masks
+        self._depths: dict[frozenset[str] | None, frozenset[str] | None] = {}  # equal sets of tensors as one object
         self._sent: dict[tuple[bool, int], tuple[Submodel, int]] = {}  # (personal, partition) -> part, bytes
         self._parts: Parts = {}
 
@@ -105,7 +106,7 @@ class ClientTests:
         """The part that a client trained last, if its device can hold it in this round."""
         if partition not in self._kept:
             return None
-        own = Submodel(self._kept[partition])
+        own = self._kept[partition]
         return own if self._strategy.can_hold(device, own, server_round) else None
 
     def _fallback(self, device: Device, server_round: int) -> Submodel | None:
@@ -170,22 +171,33 @@ class ClientTests:
     def keep(self, partition: int, update: Update) -> None:
         """An accepted reply: its client keeps what it trained."""
         if self.mode != "none":
-            self._kept[partition] = self._strategy.kept_units(update)
+            keys = self._depths.setdefault(update.submodel.keys, update.submodel.keys)
+            self._kept[partition] = Submodel(self._strategy.kept_units(update), keys)
 
     # The checkpoint ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """Which units each client keeps."""
+        """Which units and tensors each client keeps."""
         if not self._kept:
             return {}
-        units = [self._kept[partition] for partition in sorted(self._kept)]
-        return {
+        kept = [self._kept[partition] for partition in sorted(self._kept)]
+        found: dict[str, Any] = {
             "personal/partitions": np.array(sorted(self._kept), dtype=np.int64),
-            "personal/units": np.packbits(np.stack(units), axis=1),
+            "personal/units": np.packbits(np.stack([part.units for part in kept]), axis=1),
         }
+        depths = list(dict.fromkeys(part.keys for part in kept))
+        if depths != [None]:
+            found["personal/depths"] = [None if keys is None else sorted(keys) for keys in depths]
+            found["personal/depth"] = np.array([depths.index(part.keys) for part in kept], dtype=np.int64)
+        return found
 
     def load_state_dict(self, state: State) -> None:
         """Undo `state_dict`."""
         num_units = self._strategy.task.layout.num_units
-        for partition, bits in zip(state.get("personal/partitions", []), state.get("personal/units", []), strict=True):
-            self._kept[int(partition)] = np.unpackbits(bits, count=num_units).astype(bool)
+        partitions, units = state.get("personal/partitions", []), state.get("personal/units", [])
+        depths = [None if names is None else frozenset(names) for names in state.get("personal/depths", [None])]
+        own = state.get("personal/depth", [0] * len(partitions))
+        self._depths = {keys: keys for keys in depths}
+        for partition, bits, depth in zip(partitions, units, own, strict=True):
+            unpacked = np.unpackbits(bits, count=num_units).astype(bool)
+            self._kept[int(partition)] = Submodel(unpacked, depths[int(depth)])

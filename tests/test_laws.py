@@ -245,7 +245,7 @@ def test_law_3_a_whole_round_is_the_covered_mean_of_its_replies(strategy: str, t
 
     def listen(request: Message, reply: Message, _: int) -> Message:
         if request.metadata.message_type == "train":
-            updates.append(read_update(reply.content, task.layout, Assignment(sent_part(request), "")))
+            updates.append(read_update(reply.content, task.layout, Assignment(sent_part(request, layout=task.layout), "")))
         return reply
 
     run = run_toy(tmp_path, strategy, {**fleet_of(strategy), **PLAIN_MEAN.get(strategy, {})}, alter=listen)
@@ -463,7 +463,7 @@ def test_law_7_holds_for_every_job_and_reply_of_a_round(strategy: str, tmp_path:
 
     def measure(request: Message, reply: Message, _: int) -> Message:
         if request.metadata.message_type.startswith("train"):
-            job, answer = sent_part(request), sent_part(request, reply)
+            job, answer = sent_part(request, layout=layout), sent_part(request, reply, layout)
             new_masks = sum(-(-mask.size // 8) for mask in job.masks.values())  # a first round: nobody knows them yet
             for message, held, bits in ((request, job, new_masks), (reply, answer, 0)):
                 limit = 1.02 * 4 * num_parameters(layout, held) + 256 * len(layout.shapes)

@@ -23,6 +23,7 @@ from flexfed.config import Experiment
 from flexfed.flower.grid import InProcessGrid
 from flexfed.jobs import Task, initial_arrays
 from flexfed.overrides import defaults
+from flexfed.runs import load_run
 from flexfed.submodel import Submodel, narrow_shapes, positions, unflatten, unpack
 from flexfed.units import Arrays, Layout, trace_layout
 from strategies import STRATEGIES
@@ -272,6 +273,11 @@ def toy_task(strategy: str = "fedavg", **values: Any) -> Task:
     return Experiment.read({"strategy": strategy, **given}).task(10, DIGITS)
 
 
+def task_of(folder: Path) -> Task:
+    """The network of a quick run, as the run has it."""
+    return Experiment.read(load_run(folder).config).task(10, DIGITS)
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The rounds of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -285,7 +291,7 @@ def final_model(folder: Path) -> Arrays:
 
 def initial_model(folder: Path, seed: int = 1) -> Arrays:
     """The model that a run began with, cut to the size of the one it left."""
-    initial = initial_arrays(toy_task(), "", seed)
+    initial = initial_arrays(task_of(folder), "", seed)
     return {n: initial[n][tuple(slice(k) for k in array.shape)] for n, array in final_model(folder).items()}
 
 
@@ -293,13 +299,13 @@ def published(folder: Path, arrays: Arrays) -> Arrays:
     """Tensors as the run would leave them in its model: zero where its last mask leaves entries out."""
     stood = load_checkpoint(folder / "checkpoint")
     assert stood is not None
-    masks = unpack(toy_task().layout, list(stood.levels.values())[-1]).masks
+    masks = unpack(task_of(folder).layout, list(stood.levels.values())[-1]).masks
     return {name: np.where(masks.get(name, True), array, np.float32(0)) for name, array in arrays.items()}
 
 
-def sent_part(request: Message, reply: Message | None = None) -> Submodel:
+def sent_part(request: Message, reply: Message | None = None, layout: Layout | None = None) -> Submodel:
     """The part that a job holds, or its reply, in a first round: masks that both share travel once."""
-    layout = toy_task().layout
+    layout = layout or toy_task().layout
     sent = unpack(layout, dict(request.content.config_records["submodel"]))  # type: ignore[arg-type]
     if reply is None:
         return sent

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flexfed.data import ClientData
+from flexfed.exits import Exits
 from flexfed.jobs import Job, LocalUpdate, Task, Update
 from flexfed.methods import (
     autoflip,
@@ -39,6 +41,7 @@ class Method:
         prefix: of their keys in the configuration.
         local_update: its work on the client; by default it has none: its clients only answer questions.
         actions: further work of its client, by name: asked for in messages `train.<name>`.
+        exits: the classifiers that it attaches to the network, given its knobs and the stages that the run names.
         phases: what its client is asked beside the training of parts: message type -> the answer.
         cuts: it gives devices parts of the network, which therefore must be one that can be traced.
         any_width: it can give each device a width of its own, so that any `ratio-policy` works.
@@ -57,6 +60,7 @@ class Method:
     masks_recur: bool = False
     actions: Mapping[str, LocalUpdate] = field(default_factory=dict)
     phases: Mapping[str, Phase] = field(default_factory=dict)
+    exits: Callable[[Any, tuple[str, ...]], Exits] | None = None
 
 
 METHODS: dict[str, Method] = {

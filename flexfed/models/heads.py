@@ -43,7 +43,8 @@ def depthfl_head(shapes: Sequence[Shape], stage: int, num_classes: int) -> nn.Mo
         return linear_head(shapes, stage, num_classes)
     channels = [shape[0] for shape in shapes[stage:]]
     down = [layer for a, b in itertools.pairwise(channels) for layer in _separable(axes, a, b)]
-    return nn.Sequential(Attention(axes, channels[0]), *down, *_classifier(shapes[-1], num_classes))
+    last = (channels[-1], *shapes[stage][1:])  # the last stage itself may have no places: it is flat
+    return nn.Sequential(Attention(axes, channels[0]), *down, *_classifier(last, num_classes))
 
 
 HEADS: dict[str, HeadDesign] = {"linear": linear_head, "scalefl": scalefl_head, "depthfl": depthfl_head}

@@ -7,8 +7,13 @@ from functools import partial
 
 from torch import nn
 
+from flexfed.networks import STAGES_ATTRIBUTE
+
 _BatchNorm1d = partial(nn.BatchNorm1d, track_running_stats=False)
 _BatchNorm2d = partial(nn.BatchNorm2d, track_running_stats=False)
+
+_STAGES = ("relu1", "relu2", "relu3", "relu4")
+"""Behind each layer but the classifier: resolutions are too few here to tell stages by."""
 
 
 def cnn(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
@@ -21,7 +26,7 @@ def cnn(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
         num_classes: outputs of the classifier.
         input_shape: (channels, height, width), 4x4 or larger.
     """
-    return nn.Sequential(
+    model = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(input_shape[0], 16, 3, padding=1),
             norm1=_BatchNorm2d(16),
@@ -41,6 +46,8 @@ def cnn(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
             classifier=nn.Linear(128, num_classes),
         )
     )
+    setattr(model, STAGES_ATTRIBUTE, _STAGES)
+    return model
 
 
 def cnn1d(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
@@ -53,7 +60,7 @@ def cnn1d(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
         num_classes: outputs of the classifier.
         input_shape: (channels, time), 16 steps or longer.
     """
-    return nn.Sequential(
+    model = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv1d(input_shape[0], 16, 5, padding=2),
             norm1=_BatchNorm1d(16),
@@ -73,3 +80,5 @@ def cnn1d(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
             classifier=nn.Linear(128, num_classes),
         )
     )
+    setattr(model, STAGES_ATTRIBUTE, _STAGES)
+    return model

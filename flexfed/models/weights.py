@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flexfed.models.cifar import FILE_NAME_ATTRIBUTE
 from flexfed.models.zoo import NAME_ATTRIBUTE, OPTIONS
+from flexfed.networks import EXITS
 
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 _OLD_DENSE = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
@@ -39,7 +40,9 @@ def load_weights(model: nn.Module, weights: str) -> None:
     if weights == "zoo":
         _load_zoo(model)
         return
-    state = _torchvision_state(model) if weights == "torchvision" else _file_state(weights)
+    plain = getattr(model, "plain", model)  # a network with exits: a file may be one of the network without them
+    state = _torchvision_state(plain) if weights == "torchvision" else _file_state(weights)
+    model = model if any(name.startswith(f"{EXITS}.") for name in state) else plain
     own = model.state_dict()
     state = _own_names(model, own, state)
     fresh = _fresh_classifier(own, state, _last_layer(model))
