@@ -42,7 +42,7 @@ class Settings:
             for the blocks of a stitched network.
         stages: for methods with early exits, names of modules behind which the network may end, in the order in which
             they run; the last one ends in the network's own classifier. '' = the network's own stages
-            (`flexfed.exits.own_stages`).
+            (`flexfed.stages.own_stages`).
         fraction_train: share of the devices in a round's cohort.
         fraction_evaluate: share of the devices that test their level on their own samples (`test_per_label`).
         evaluate_every: rounds between evaluations; the last round is always evaluated.

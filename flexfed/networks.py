@@ -18,7 +18,7 @@ EXITS = "exits"
 """Name of the module that holds a network's early classifiers; each is called after its stage, with "_" for "."."""
 
 STAGES_ATTRIBUTE = "stages"
-"""Of a network that names its own stages (`flexfed.exits`): names of modules, in the order in which they run."""
+"""Of a network that names its own stages (`flexfed.stages`): names of modules, in the order in which they run."""
 
 WAY_OUT = "; replace that module, or give the network a hand-written Layout as its attribute `layout`"
 

@@ -245,7 +245,9 @@ def test_law_3_a_whole_round_is_the_covered_mean_of_its_replies(strategy: str, t
 
     def listen(request: Message, reply: Message, _: int) -> Message:
         if request.metadata.message_type == "train":
-            updates.append(read_update(reply.content, task.layout, Assignment(sent_part(request, layout=task.layout), "")))
+            updates.append(
+                read_update(reply.content, task.layout, Assignment(sent_part(request, layout=task.layout), ""))
+            )
         return reply
 
     run = run_toy(tmp_path, strategy, {**fleet_of(strategy), **PLAIN_MEAN.get(strategy, {})}, alter=listen)
