@@ -30,6 +30,7 @@ _WINDOWS, _IMAGENET = ((3, 200), "windows of an accelerometer"), ((3, 224, 224),
 NATURAL_INPUTS: Mapping[str, tuple[tuple[int, ...], str]] = {
     **{name: _CIFAR for name in MODELS if name.startswith(("flexfl-", "cifar-"))},
     "heterofl-conv": _MNIST,
+    "heterofl-conv-quarter": _MNIST,
     "heterofl-resnet18": _CIFAR,
     "fedlps-cnn": _MNIST,
     "fedlps-vgg11": _CIFAR,

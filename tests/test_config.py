@@ -134,7 +134,7 @@ EVERYBODY = "autoflip, compressed, exclusive, fedavg, fedlps, fedrolex, fedstitc
         ({"dataset": ""}, 'dataset must be "digits"'),
         (
             {"fleet": "skewd"},
-            "unknown fleet 'skewd'; known: boards, equal, fedlps, fedlps-fixed, fifths, flexfl, skewed, tiers",
+            "unknown fleet 'skewd'; known: boards, equal, even, fedlps, fedlps-fixed, fifths, flexfl, pyramid, skewed",
         ),
         ({"partition": "dirichelt"}, "unknown partition 'dirichelt'; known: dirichlet, iid, natural, pathological"),
         ({"partition": "natural"}, "needs id-column"),

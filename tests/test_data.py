@@ -122,6 +122,26 @@ def test_digits_server_and_clients_hold_every_sample_once(partition: str) -> Non
     assert found == expected
 
 
+@pytest.mark.parametrize(("num", "expected"), [(0, 447), (7, 7), (447, 447), (9999, 447)])
+def test_the_server_may_test_on_fewer_samples_spread_evenly(num: int, expected: int) -> None:
+    whole, some = load_server(DataConfig()), load_server(DataConfig(test_samples=num))
+    assert len(whole.test.labels) == 447
+    assert len(some.test.labels) == expected
+    rows = [i * 447 // expected for i in range(expected)]
+    assert torch.equal(some.test.inputs, whole.test.inputs[rows])
+    assert torch.equal(some.test.labels, whole.test.labels[rows])
+    assert torch.equal(some.proxy.inputs, whole.proxy.inputs)
+
+
+def test_fewer_test_samples_leave_the_clients_as_they_are() -> None:
+    few = DataConfig(test_samples=7, test_per_label=3)
+    one, other = load_client(few, 0, 4), load_client(DataConfig(test_per_label=3), 0, 4)
+    assert torch.equal(one.test.inputs, other.test.inputs)
+    assert torch.equal(one.train.inputs, other.train.inputs)
+    with pytest.raises(ValueError, match="test-samples must be"):
+        DataConfig(test_samples=-1)
+
+
 def test_server_samples_do_not_depend_on_the_seed() -> None:
     one, two = load_server(DataConfig(seed=1)), load_server(DataConfig(seed=2))
     assert torch.equal(one.proxy.inputs, two.proxy.inputs)

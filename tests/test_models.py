@@ -90,6 +90,7 @@ def test_flexfl_sizes(name: str, groups: int, classifier: int) -> None:
         ("cnn", (1, 28, 28), 57_706),
         ("cnn1d", (3, 200), 47_562),
         ("heterofl-conv", (1, 28, 28), 1_556_874),
+        ("heterofl-conv-quarter", (1, 28, 28), 98_922),
         ("heterofl-resnet18", IMAGE, 11_172_170),
         ("fedlps-cnn", (1, 28, 28), 21_840),
     ],

@@ -97,15 +97,17 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
 def load_server(config: DataConfig) -> ServerData:
     """The server's proxy and test samples, the same for every seed, disjoint, and held by no client.
 
-    The test samples are the test split (else the validation split, else 20 % of the training split), the
-    proxy samples come from the training split. `config.data_path` is a client's and plays no part.
+    The test samples are the test split (else the validation split, else 20 % of the training split), or
+    `config.test_samples` of it; the proxy samples come from the training split. `config.data_path` is a client's and
+    plays no part.
 
     Raises:
         ValueError: the data cannot be found or read, or their columns are not clear.
     """
     data = source(config.dataset, config.subset, config.image_column, config.label_column)
     proxy, _, clients = server_rows(data, config.proxy_fraction)
-    test_samples = _samples(*_test_rows(data, config.proxy_fraction))
+    split, rows = _test_rows(data, config.proxy_fraction)
+    test_samples = _samples(split, _spread_evenly(rows, config.test_samples))
     shape = tuple(test_samples.inputs.shape[1:])
     info = DatasetInfo(data.num_classes, shape, len(clients), data.label_names)
     return ServerData(_samples(data.train, proxy), test_samples, info)
@@ -225,6 +227,11 @@ def _test_rows(data: Source, proxy_fraction: float) -> tuple[Split, np.ndarray]:
     if data.test is None:
         return data.train, server_rows(data, proxy_fraction)[1]
     return data.test, np.arange(len(data.test.labels))
+
+
+def _spread_evenly(rows: np.ndarray, num: int) -> np.ndarray:
+    """So many of the rows, or all where `num` is 0 or there are fewer."""
+    return rows[np.arange(num) * len(rows) // num] if 0 < num < len(rows) else rows
 
 
 def _partitions(config: DataConfig, num_partitions: int) -> tuple[np.ndarray, ...]:

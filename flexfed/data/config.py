@@ -34,6 +34,7 @@ class DataConfig:
             of each label that it holds, from the samples the server tests on (the test split, if there is
             one), or all where there are fewer. A client's own folder brings its own test split for this;
             where it has none, its validation samples are used whatever n is.
+        test_samples: so many of its test samples the server tests on, spread evenly over them; 0 = all.
         validation_fraction: part of a client's samples it does not train on, in [0, 1).
         proxy_fraction: part of the training split the server keeps, in [0, 1), at most 1,000 samples; digits
             has its own fixed split and ignores it.
@@ -55,6 +56,7 @@ class DataConfig:
     shards_per_client: int = 2
     shard_size: int = 100
     test_per_label: int = 0
+    test_samples: int = 0
     validation_fraction: float = 0.1
     proxy_fraction: float = 0.1
     seed: int = 1
@@ -78,6 +80,7 @@ class DataConfig:
         self._check_at_least("shards-per-client", self.shards_per_client, 1)
         self._check_at_least("shard-size", self.shard_size, 1)
         self._check_at_least("test-per-label", self.test_per_label, 0)
+        self._check_at_least("test-samples", self.test_samples, 0)
         self._check_at_least("seed", self.seed, 0)
         self._check_fraction("validation-fraction", self.validation_fraction)
         self._check_fraction("proxy-fraction", self.proxy_fraction)

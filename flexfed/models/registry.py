@@ -30,6 +30,7 @@ MODELS: dict[str, Builder] = {
     "flexfl-resnet34": flexfl_resnet34,
     "flexfl-mobilenetv2": flexfl_mobilenetv2,
     "heterofl-conv": heterofl_conv,
+    "heterofl-conv-quarter": partial(heterofl_conv, widths=(16, 32, 64, 128)),
     "heterofl-resnet18": heterofl_resnet18,
     "fedlps-cnn": fedlps_cnn,
     "fedlps-vgg11": partial(fedlps_vgg, depth=11),
