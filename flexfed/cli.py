@@ -164,16 +164,21 @@ def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comp
     from dataclasses import replace
 
     from flexfed.processes import signals_as_interrupt
-    from flexfed.suites import load_suite, suite_comparison, suite_runs
+    from flexfed.suites import load_suite, suite_comparison, suite_runs, tuned, tuning_runs
     from flexfed.workers import run_missing
 
     app_dir = require_app(APP_DIR)
     known = defaults(app_dir)
     suite = load_suite(path, known)
     suite = replace(suite, baseline=baseline) if baseline else suite
-    runs = suite_runs(suite, known)
-    with signals_as_interrupt(), _progress(runs) as on_done:
-        failed = run_missing(runs, workers, app_dir, on_done)
+    with signals_as_interrupt():
+        if tries := tuning_runs(suite, known):
+            with _progress(tries) as on_done:
+                run_missing(tries, workers, app_dir, on_done)  # a value with which a run fails is not chosen
+        suite = tuned(suite, tries)
+        runs = suite_runs(suite, known)
+        with _progress(runs) as on_done:
+            failed = run_missing(runs, workers, app_dir, on_done)
     return suite_comparison(suite, runs), failed
 
 

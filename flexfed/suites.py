@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flexfed.compare import PLACE_KEYS, Comparison, Row
 from flexfed.overrides import Scalar, check_known, flatten, near_matches, read_toml, resolve_paths
 from flexfed.runs import Run, find_runs, load_run, write_atomic
+from flexfed.tuning import Tuning, read_tuning
 
 MARKER = "finished.json"
-_KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "megabytes", "base", "row")
+_KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "megabytes", "base", "tune", "row")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Suite:
         megabytes: amounts of data after which the first metric is compared, too.
         rows: row -> its overrides, those of [base] included.
         runs_dir: where the suite's folder goes.
+        tuning: what each row chooses for itself before its runs; None = nothing, or it is chosen (`tuned`).
+        notes: for the reader of its tables.
     """
 
     name: str
@@ -40,11 +43,13 @@ class Suite:
     rows: Mapping[str, Mapping[str, Scalar]]
     runs_dir: Path
     megabytes: tuple[float, ...] = ()
+    tuning: Tuning | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """One run of a suite: a row with a seed."""
+    """One run of a suite: a row with a seed, and with the value that it tries if it is one of those that decide."""
 
     row: str
     seed: int
@@ -52,11 +57,12 @@ class SuiteRun:
     overrides: Mapping[str, Scalar]
     config: Mapping[str, Scalar]  # resolved: the app's defaults and the overrides
     supernodes: int
+    tried: Scalar | None = None
 
     @property
     def name(self) -> str:
         """What people call it."""
-        return f"{self.row} seed {self.seed}"
+        return f"{self.row} seed {self.seed}" + ("" if self.tried is None else f" trying {self.tried}")
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -92,6 +98,7 @@ def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
         metrics=tuple(table.get("metrics", ("accuracy", "accuracy-levels"))),
         rows=rows,
         megabytes=_read_megabytes(path, table.get("megabytes", [])),
+        tuning=read_tuning(path.name, table.get("tune"), seeds, known),
         runs_dir=Path(str(base.get("runs-dir", known.get("runs-dir", "~/.flexfed/runs")))).expanduser(),
     )
 
@@ -146,10 +153,43 @@ def suite_runs(suite: Suite, known: Mapping[str, Scalar]) -> list[SuiteRun]:
     return [_suite_run(suite, row, seed, known) for seed in suite.seeds for row in suite.rows]
 
 
-def _suite_run(suite: Suite, row: str, seed: int, known: Mapping[str, Scalar]) -> SuiteRun:
-    folder = suite.runs_dir / _slug(suite.name) / f"{_slug(row)}-seed{seed}"
-    overrides = {**suite.rows[row], "seed": seed, "runs-dir": str(folder)}
-    return SuiteRun(row, seed, folder, overrides, {**known, **overrides}, suite.supernodes)
+def _suite_run(
+    suite: Suite, row: str, seed: int, known: Mapping[str, Scalar], tried: Mapping[str, Scalar] | None = None
+) -> SuiteRun:
+    words = [_slug(row), *(f"{key}={value}" for key, value in (tried or {}).items()), f"seed{seed}"]
+    folder = suite.runs_dir / _slug(suite.name) / "-".join(words)
+    overrides = {**suite.rows[row], **(tried or {}), "seed": seed, "runs-dir": str(folder)}
+    value = next(iter((tried or {}).values()), None)
+    return SuiteRun(row, seed, folder, overrides, {**known, **overrides}, suite.supernodes, value)
+
+
+def tuning_runs(suite: Suite, known: Mapping[str, Scalar]) -> list[SuiteRun]:
+    """The runs by which rows choose; none where there is nothing to choose."""
+    tuning = suite.tuning
+    if tuning is None:
+        return []
+    rows = [row for row, overrides in suite.rows.items() if tuning.key not in overrides]
+    return [_suite_run(suite, row, tuning.seed, known, {tuning.key: v}) for v in tuning.values for row in rows]
+
+
+def tuned(suite: Suite, runs: Iterable[SuiteRun]) -> Suite:
+    """The suite whose rows have what they chose by their finished runs; itself where there is nothing to choose.
+
+    Raises:
+        ValueError: no finished run has the metric that decides; lists those there are.
+    """
+    if suite.tuning is None:
+        return suite
+    tried: dict[str, dict[Scalar, Run]] = {}
+    for run in runs:
+        own, finished = tried.setdefault(run.row, {}), _finished_run(run)
+        if finished is not None and run.tried is not None:
+            own[run.tried] = finished
+    _check_metrics(suite.name, [suite.tuning.metric], [run for own in tried.values() for run in own.values()])
+    chosen = {row: suite.tuning.best(own) for row, own in tried.items()}
+    own_values = {row: {suite.tuning.key: value} for row, value in chosen.items() if value is not None}
+    rows = {row: {**overrides, **own_values.get(row, {})} for row, overrides in suite.rows.items()}
+    return replace(suite, rows=rows, tuning=None, notes=(*suite.notes, suite.tuning.note(chosen)))
 
 
 # --- what is there ------------------------------------------------------------------------------------------
@@ -217,17 +257,15 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
             missing += 1
         else:
             found[run.row][run.seed] = finished
-    _check_metrics(suite, [run for by_seed in found.values() for run in by_seed.values()])
+    _check_metrics(suite.name, suite.metrics, [run for by_seed in found.values() for run in by_seed.values()])
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
-    notes += [f"Runs still missing: {missing}."] if missing else []
+    notes += [*suite.notes, *([f"Runs still missing: {missing}."] if missing else [])]
     rows = [Row(*item) for item in found.items()]
     return Comparison(suite.name, rows, suite.baseline, suite.metrics, notes, suite.megabytes)
 
 
-def _check_metrics(suite: Suite, runs: Sequence[Run]) -> None:
+def _check_metrics(suite: str, metrics: Sequence[str], runs: Sequence[Run]) -> None:
     known = sorted({name for run in runs for name in (run.summary or {})["last10"]})
-    for metric in suite.metrics if runs else ():
+    for metric in metrics if runs else ():
         if metric not in known:
-            raise ValueError(
-                f"suite {suite.name}: no finished run has the metric {metric!r}; known: {', '.join(known)}"
-            )
+            raise ValueError(f"suite {suite}: no finished run has the metric {metric!r}; known: {', '.join(known)}")
