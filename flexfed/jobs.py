@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -215,12 +215,13 @@ def train_network(
     samples: Samples,
     loss: Loss = cross_entropy,
     step: Step = plain_step,
+    answering: Sequence[torch.nn.Module] = (),
 ) -> Trained:
-    """Train a network with the run's settings and the job's seed, in place."""
+    """Train a network with the run's settings and the job's seed, in place; see `flexfed.training.fit`."""
     rng = np.random.default_rng(job.seed)
     torch.manual_seed(job.seed)  # dropout
     learning_rate = task.training.rate_at(job.server_round)
-    result = fit(model, samples, task.training, learning_rate, rng, loss, step)
+    result = fit(model, samples, task.training, learning_rate, rng, loss, step, answering=answering)
     arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
     return Trained(arrays, result.loss, result.num_samples, result.accuracy)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -159,6 +159,7 @@ def fit(
     loss: Loss = cross_entropy,
     step: Step = plain_step,
     go_on: GoOn = always,
+    answering: Sequence[nn.Module] = (),
 ) -> FitResult:
     """Train a network in place, with a fresh optimiser.
 
@@ -171,6 +172,8 @@ def fit(
         loss: of one batch.
         step: what follows each backward pass, after gradients were clipped.
         go_on: asked after each epoch: early stopping.
+        answering: modules that answer for the network; how accurate it was is told by the last output of any of
+            them. By default the network itself.
 
     Raises:
         ValueError: fewer than two samples (batch norm has no statistics then).
@@ -181,7 +184,7 @@ def fit(
     optimizer = build_optimizer(model, training, learning_rate)
     seen = 0
     right: list[float] = []
-    with _LastOutput(model) as logits:
+    with _LastOutput(answering or (model,)) as logits:
         for _ in range(training.local_epochs):
             loss_sum = 0.0
             in_epoch = correct = 0
@@ -204,22 +207,23 @@ def fit(
 
 
 class _LastOutput:
-    """What a network last gave, whichever loss asked for it; a context manager."""
+    """What one of these modules last gave, whichever loss asked for it; a context manager."""
 
     value: Tensor
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._modules = modules
 
     def __enter__(self) -> _LastOutput:
         def remember(model: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
             self.value = predicted(model, output).detach()
 
-        self._handle = self._model.register_forward_hook(remember)
+        self._handles = [module.register_forward_hook(remember) for module in self._modules]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def samples_trained(num_examples: int, training: Training) -> int:

@@ -9,6 +9,7 @@ from strategies.federated import FederatedStrategy
 from strategies.fedlps import FedLPS
 from strategies.fedrolex import FedRolex
 from strategies.fedstitch import FedStitch
+from strategies.fjord import FjORD
 from strategies.flexfl import FlexFL
 from strategies.heterofl import HeteroFL
 
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[FederatedStrategy]] = {
     "fedlps": FedLPS,
     "fedrolex": FedRolex,
     "fedstitch": FedStitch,
+    "fjord": FjORD,
     "flexfl": FlexFL,
     "heterofl": HeteroFL,
     "small": Small,

@@ -55,11 +55,13 @@ class HeteroFL(WidthStrategy):
         return self._levels[1]
 
     def _used(self) -> dict[str, Submodel]:
-        states = [state for device in self.federation.devices.values() for state in device.states()]
-        used = {self.level_of(state) for state in states} | {0}
+        return {LEVELS[i]: self._parts[i] for i in sorted(self._trained() | {0}, reverse=True)}
+
+    def _trained(self) -> set[int]:
+        """The levels that somebody trains."""
         if self.task.method.assign == "dynamic":
-            used = set(range(len(self.task.method.ratios)))
-        return {LEVELS[i]: self._parts[i] for i in sorted(used, reverse=True)}
+            return set(range(len(self.task.method.ratios)))
+        return {self.level_of(state) for device in self.federation.devices.values() for state in device.states()}
 
     @cached_property
     def _parts(self) -> tuple[Submodel, ...]:

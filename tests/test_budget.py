@@ -24,8 +24,8 @@ from flexfed.submodel import Submodel, full
 from strategies import STRATEGIES
 
 MB = 1e6
-METHODS = ("exclusive", "fedavg", "fedlps", "fedrolex", "flexfl", "heterofl", "small")
-WIDTH_METHODS = ("fedlps", "fedrolex", "flexfl", "heterofl")
+METHODS = ("exclusive", "fedavg", "fedlps", "fedrolex", "fjord", "flexfl", "heterofl", "small")
+WIDTH_METHODS = ("fedlps", "fedrolex", "fjord", "flexfl", "heterofl")
 POLICIES = ("level", "budget", "p-ucbv", "thompson", "uniform", "fixed")
 PRODUCT = [(s, p) for s in METHODS for p in (POLICIES if s in WIDTH_METHODS else POLICIES[:2])]
 
@@ -272,7 +272,7 @@ def test_a_fleet_that_can_train_nothing_stops_before_round_1(tmp_path: Path) -> 
                 run_toy(tmp_path, strategy, {"round-deadline": 1e-6, "ratio-policy": policy})
 
 
-@pytest.mark.parametrize("strategy", ["heterofl", "fedrolex"])
+@pytest.mark.parametrize("strategy", ["heterofl", "fedrolex", "fjord"])
 def test_two_rules_for_who_gets_how_much_are_one_too_many(strategy: str) -> None:
     with pytest.raises(ValueError, match=f"{strategy}.assign='fix' says who gets which level, ratio-policy='budget'"):
         experiment_of(strategy, ratio_policy="budget", **{f"{strategy}.assign": "fix"})
@@ -290,7 +290,7 @@ def test_levels_dealt_out_by_share_are_cut_to_what_a_device_bears() -> None:
 
 def test_testing_needs_memory_of_its_own() -> None:
     """A batch of 128 may need more than training in small ones; then a smaller level is tested, or none."""
-    for strategy in ("fedrolex", "flexfl", "heterofl"):
+    for strategy in ("fedrolex", "fjord", "flexfl", "heterofl"):
         for policy in ("level", "budget"):
             chosen = server(strategy, ratio_policy=policy)
             chosen.task = replace(chosen.task, training=replace(chosen.task.training, batch_size=2))

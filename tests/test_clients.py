@@ -434,7 +434,7 @@ def test_a_real_device_looks_at_the_memory_free_at_that_moment(
         assert (told[1] if told else "4") == str(LEVELS.index(level))
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "heterofl"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fjord", "heterofl"])
 def test_methods_that_cannot_shrink_refuse_what_would_be_killed(
     strategy: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,8 @@ def test_one_client_with_everything_gives_the_model_that_it_trained(tmp_path: Pa
         ("heterofl", "examples", 30.0),
         ("fedrolex", "uniform", 1.0),
         ("fedrolex", "examples", 30.0),
+        ("fjord", None, 30.0),
+        ("fjord", "uniform", 1.0),
     ],
 )
 def test_what_a_reply_weighs(name: str, weights: str | None, expected: float) -> None:

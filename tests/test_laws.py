@@ -548,7 +548,7 @@ def _server(strategy: str, **values: Any) -> Any:
     return STRATEGIES[strategy](experiment, experiment.task(10, DIGITS), data)
 
 
-@pytest.mark.parametrize("strategy", ["exclusive", "fedrolex", "flexfl", "heterofl"])
+@pytest.mark.parametrize("strategy", ["exclusive", "fedrolex", "fjord", "flexfl", "heterofl"])
 def test_law_11_nobody_is_sent_more_than_it_holds(strategy: str) -> None:
     server = _server(strategy, **{"flexfl.scores": "0.4, 0.5, 0.6, 0.7"})
     layout, method = server.task.layout, server.task.method
@@ -564,12 +564,12 @@ def test_law_11_nobody_is_sent_more_than_it_holds(strategy: str) -> None:
             smallest = assignment.level == "S"
             if strategy == "flexfl":  # its own measure is the level's target
                 size = method.level_targets[LEVELS.index(assignment.level)]
-            if strategy in ("heterofl", "fedrolex"):
+            if strategy in ("heterofl", "fedrolex", "fjord"):
                 smallest = assignment.level == "abcde"[len(method.ratios) - 1]
             assert smallest or size <= devices[partition].capacity + 1e-9
 
 
-@pytest.mark.parametrize("strategy", ["exclusive", "fedrolex", "heterofl"])
+@pytest.mark.parametrize("strategy", ["exclusive", "fedrolex", "fjord", "heterofl"])
 def test_law_11_nobody_tests_more_than_it_holds(strategy: str) -> None:
     server = _server(strategy)
     layout = server.task.layout

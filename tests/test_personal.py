@@ -460,7 +460,7 @@ def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> b
     name, layout, policy = strategy.settings.strategy, strategy.task.layout, strategy.settings.ratio_policy
     if "memory" in over or policy != "level":
         return name in ("fedavg", "autoflip") and "memory" not in over
-    if name in ("heterofl", "fedrolex"):
+    if name in ("heterofl", "fedrolex", "fjord"):
         return widths(layout, part) == widths(layout, prefix_ratio(layout, strategy.task.method.ratios[-1]))
     if name == "flexfl":
         (level,) = [i for i, pool in enumerate(strategy.levels().values()) if pool == part]
@@ -471,7 +471,7 @@ def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> b
 PRODUCT = [
     (s, p)
     for s in METHODS
-    for p in ("level", "budget", *(("p-ucbv",) if s in ("fedlps", "fedrolex", "flexfl", "heterofl") else ()))
+    for p in ("level", "budget", *(("p-ucbv",) if s in ("fedlps", "fedrolex", "fjord", "flexfl", "heterofl") else ()))
 ]
 
 

@@ -166,7 +166,7 @@ def test_a_reply_cannot_choose_its_codec() -> None:
         read_update(reply, LAYOUT, Assignment(part(), "full", reply_codec="int4"))
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "flexfl", "fedlps"])
+@pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "fjord", "flexfl", "fedlps"])
 def test_any_method_runs_with_bytes_for_numbers(strategy: str, tmp_path: Path) -> None:
     runs = {codec: run_toy(tmp_path / codec, strategy, {"codec": codec}) for codec in ("float32", "int8")}
     plain, coded = (lines(folder)[0] for folder in runs.values())

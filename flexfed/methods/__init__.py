@@ -17,6 +17,7 @@ from flexfed.methods import (
     fedrolex,
     fedstitch,
     fedstitch_client,
+    fjord,
     flexfl,
     heterofl,
 )
@@ -93,6 +94,7 @@ METHODS: dict[str, Method] = {
             "evaluate.stitched": fedstitch_client.test,
         },
     ),
+    "fjord": Method(fjord.FjORDConfig, "fjord.", fjord.local_update, any_width=True),
     "flexfl": Method(flexfl.FlexFLConfig, "flexfl.", flexfl.local_update, any_width=True),
     "heterofl": Method(heterofl.HeteroFLConfig, "heterofl.", heterofl.local_update, any_width=True),
     "small": Method(fedavg.SmallConfig, "small.", fedavg.local_update),

@@ -33,14 +33,12 @@ from typing import TYPE_CHECKING, Literal, cast, get_args, get_type_hints
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
+from flexfed.inner import InnerNetwork
 from flexfed.jobs import Job, Task, Update, free_memory_of, make_update, shrink, train_network
-from flexfed.networks import build_on_meta
 from flexfed.select import RatioGroup
-from flexfed.submodel import Submodel, as_slice, narrow_shapes, relative_positions, resize, unpack
-from flexfed.training import use_batch_statistics
+from flexfed.submodel import Submodel, unpack
 
 if TYPE_CHECKING:
     from flexfed.data import ClientData
@@ -306,29 +304,14 @@ def _affordable(job: Job, task: Task, levels: Sequence[Submodel]) -> int:
     return fitting[-1]
 
 
-class Teacher:
-    """A smaller level inside the student: its weights are slices of the student's, taken anew at every call."""
+class Teacher(InnerNetwork):
+    """A smaller level inside the student."""
 
     def __init__(self, task: Task, student: Submodel, level: Submodel):
-        shapes = narrow_shapes(task.layout, level)
-        self._skeleton = use_batch_statistics(resize(build_on_meta(task.factory), shapes)).eval()
-        self._places = {name: relative_positions(task.layout, student, level, name) for name in shapes}
+        super().__init__(task.factory, task.layout, student, level)
+        self.skeleton.eval()
 
     @torch.no_grad()
-    def __call__(self, student: nn.Module, inputs: Tensor) -> Tensor:
+    def __call__(self, network: nn.Module, inputs: Tensor) -> Tensor:
         """Logits of the smaller network on a batch, without dropout and without gradients."""
-        tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-        weights = {name: _slice(tensors[name], kept) for name, kept in self._places.items()}
-        logits: Tensor = functional_call(self._skeleton, weights, (inputs,))
-        return logits
-
-
-def _slice(tensor: Tensor, kept: Sequence[np.ndarray | None]) -> Tensor:
-    """The part of a tensor: a view, but for axes with gaps (behind a concatenation a prefix of each part is kept)."""
-    for axis, index in enumerate(kept):
-        run = None if index is None else as_slice(index)
-        if run is not None:
-            tensor = tensor.narrow(axis, run.start, run.stop - run.start)
-        elif index is not None:
-            tensor = tensor.index_select(axis, torch.from_numpy(index))
-    return tensor
+        return super().__call__(network, inputs)

@@ -48,32 +48,26 @@ BatchNormMode = Literal["federated", "proxy", "batch"]
 
 
 @dataclass(frozen=True)
-class HeteroFLConfig:
-    """What a run may set of HeteroFL.
+class LevelsConfig:
+    """What a run may set of a method whose clients train nested levels of the network.
 
     Attributes:
         ratios: kept fraction of each layer's channels at levels a, b, c, ..., largest first.
         assign: "capacity" (ours): the largest level that the device holds; "fix": `shares` of the
             clients keep a level for good; "dynamic": every client draws one each round.
         shares: levels and their parts, "a2-b8" = 20 % a, 80 % b. Not used with `assign` "capacity".
-        weights: of a client in the mean; "uniform" is the released code.
-        scaler: divide hidden activations by the ratio while training (`flexfed.scaler.scale_outputs`).
-        masked_loss: what absent classes' logits become (`masked_cross_entropy`); "zero" is the released code.
-        limit_rows: average classifier rows only over clients that hold the class.
+        weights: of a client in the mean.
         batch_norm: statistics for evaluation from sums over all clients ("federated"), from examples on the
             server ("proxy"), or from the evaluated batch itself ("batch").
         statistics: how the federated ones are defined, see `flexfed.batchnorm.BatchNormSums`.
     """
 
-    method: ClassVar[str] = "heterofl"
+    method: ClassVar[str]
 
     ratios: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125, 0.0625)
     assign: Assign = "capacity"
     shares: str = "a1-b1-c1-d1-e1"
     weights: Weights = "uniform"
-    scaler: bool = True
-    masked_loss: Fill = "zero"
-    limit_rows: bool = True
     batch_norm: BatchNormMode = "federated"
     statistics: Definition = "batches"
 
@@ -81,7 +75,6 @@ class HeteroFLConfig:
         self._check_ratios()
         self._check_choice("assign", self.assign, get_args(Assign))
         self._check_choice("weights", self.weights, get_args(Weights))
-        self._check_choice("masked-loss", self.masked_loss, get_args(Fill))
         self._check_choice("batch-norm", self.batch_norm, get_args(BatchNormMode))
         self._check_choice("statistics", self.statistics, get_args(Definition))
         if self.assign != "capacity":
@@ -99,6 +92,27 @@ class HeteroFLConfig:
     def _check_choice(self, key: str, value: str, known: tuple[str, ...]) -> None:
         if value not in known:
             raise ValueError(f"{self.method}.{key} must be one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class HeteroFLConfig(LevelsConfig):
+    """What a run may set of HeteroFL; uniform weights are the released code's.
+
+    Attributes:
+        scaler: divide hidden activations by the ratio while training (`flexfed.scaler.scale_outputs`).
+        masked_loss: what absent classes' logits become (`masked_cross_entropy`); "zero" is the released code.
+        limit_rows: average classifier rows only over clients that hold the class.
+    """
+
+    method: ClassVar[str] = "heterofl"
+
+    scaler: bool = True
+    masked_loss: Fill = "zero"
+    limit_rows: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("masked-loss", self.masked_loss, get_args(Fill))
 
 
 def parse_shares(text: str, num_levels: int) -> tuple[int, ...]:
