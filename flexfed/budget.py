@@ -44,6 +44,7 @@ class Budget:
         download_of: part -> what a device is sent for it, where it cuts the part out itself.
         codec: how parts travel. In memory their numbers stand beside the message.
         bytes_beside: of what every job carries besides its part; while training it is held once more.
+        memory_beside: part -> bytes that must be free beside training the part itself.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class Budget:
     download_of: Callable[[Submodel], Submodel] = _itself
     codec: str = PLAIN
     bytes_beside: Callable[[], int] = _none
+    memory_beside: Callable[[Submodel], int] = _nothing
     _known: dict[tuple[str, bytes], float] = field(default_factory=dict, repr=False, compare=False)
 
     def holds(self, device: Device, submodel: Submodel) -> bool:
@@ -89,7 +91,8 @@ class Budget:
     def memory(self, submodel: Submodel) -> int:
         """Bytes that a device needs to receive a part and to train it."""
         received = self._received(self.download_of(submodel)) + 2 * self.bytes_beside()
-        return received + self._once("train", submodel, lambda: self.task.memory_to_train(submodel))
+        beside = self._once("memory beside", submodel, lambda: self.memory_beside(submodel))
+        return received + beside + self._once("train", submodel, lambda: self.task.memory_to_train(submodel))
 
     def memory_to_test(self, submodel: Submodel) -> int:
         """Bytes that a device needs to receive a part and to test it."""

@@ -61,5 +61,5 @@ def _cut(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
         if isinstance(kept, slice):
             tensor = tensor.narrow(axis, kept.start, kept.stop - kept.start)
         else:
-            tensor = tensor.index_select(axis, kept)
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
     return tensor

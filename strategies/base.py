@@ -73,7 +73,9 @@ class SubmodelStrategy(MethodStrategy):
         super().__init__(experiment, task, server, transform, on_round, resumed, folder)
         self.preparation = Preparation()
         codec, deadline = self.settings.codec, self.settings.round_deadline
-        self.budget = Budget(task, deadline, self.macs_beside, self.download_of, codec, self.bytes_beside)
+        self.budget = Budget(
+            task, deadline, self.macs_beside, self.download_of, codec, self.bytes_beside, self.memory_beside
+        )
         self.tests = ClientTests(self)
         self._assigned: Mapping[int, Assignment] = {}
         self._replied: set[int] = set()  # whose reply of this round counts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flexfed.cost import training_macs
-from flexfed.submodel import Submodel, within
+from flexfed.methods import fjord
+from flexfed.submodel import Submodel
 from strategies.heterofl import HeteroFL
 
 
@@ -16,7 +17,9 @@ class FjORD(HeteroFL):
 
     def macs_beside(self, submodel: Submodel) -> int:
         """The student's passes, forward and backward, were it always the widest; without distillation none."""
-        if not self.task.method.self_distillation:
-            return 0
-        inside = (self.task.macs(part) for part in self._parts if part != submodel and within(part, submodel))
-        return training_macs(max(inside, default=0), 1)
+        student = fjord.widest_student(self.task, submodel)
+        return 0 if student is None else training_macs(self.task.macs(student), 1)
+
+    def memory_beside(self, submodel: Submodel) -> int:
+        """What the student's pass takes."""
+        return fjord.memory_beside(self.task, submodel)

@@ -103,6 +103,10 @@ class MethodStrategy(FederatedStrategy):
         """Multiply-accumulates a sample beside training a part itself, for the round's deadline."""
         return 0
 
+    def memory_beside(self, submodel: Submodel) -> int:
+        """Bytes that must be free on a device beside training a part itself."""
+        return 0
+
     def bytes_beside(self) -> int:
         """Bytes that a job carries besides its part, at most, for memory and the round's deadline."""
         return 0

@@ -81,7 +81,7 @@ def excess(strategy: Any, device: Device, submodel: Submodel, deadline: float, b
             found.append("width")
             break
     memory = training_memory(task.factory, layout, submodel, task.input_shape, training)
-    if memory_budget(memory) + 4 * numbers + beside > device.memory_bytes:
+    if memory_budget(memory) + strategy.memory_beside(submodel) + 4 * numbers + beside > device.memory_bytes:
         found.append("memory")
     batches = device.num_examples // training.batch_size * training.batch_size or device.num_examples
     macs = training.local_epochs * batches * (3 * task.macs(submodel) + strategy.macs_beside(submodel))

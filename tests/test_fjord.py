@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from toy import DIGITS, LAYOUTS, QUICK, Ties, lines, place, random_arrays, run_toy, same_bits
 
+from benchmarks.memory import allocated_peak
+from flexfed import jobs
 from flexfed.averaging import Averager
 from flexfed.checkpoint import Checkpoint, load_checkpoint
 from flexfed.config import Experiment
+from flexfed.cost import BUDGET_BYTES, BUDGET_FACTOR
 from flexfed.data import ClientData, DataConfig, load_client, load_server
 from flexfed.devices import Device
 from flexfed.flower.messages import read_update
 from flexfed.inner import InnerNetwork
-from flexfed.jobs import Assignment, Job, Task, Update, initial_arrays
-from flexfed.methods.fjord import FjORDConfig, OrderedDropout, allowed, local_update, soft_cross_entropy
+from flexfed.jobs import Assignment, Job, Task, Update, initial_arrays, train_network
+from flexfed.methods.fjord import FjORDConfig, OrderedDropout, allowed, local_update, memory_beside, soft_cross_entropy
 from flexfed.methods.heterofl import HeteroFLConfig, LevelsConfig
 from flexfed.models import model_factory
 from flexfed.networks import travelling
@@ -485,6 +489,59 @@ def test_no_client_works_more_than_the_deadline_was_told(ratio: float, distillat
     assert 0 < update.metrics["macs"] <= bound
     inside = [made.task.macs(made.part_at(p, 1)) for p in P if p < ratio]
     assert made.macs_beside(part) == (3 * max(inside, default=0) if distillation else 0)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("model", "shape", "batch", "knobs"),
+    [
+        ("cnn", DIGITS, 16, {"momentum": 0.5}),  # activations weigh most
+        ("heterofl-conv", (1, 28, 28), 4, {"momentum": 0.0}),  # weights do
+        ("heterofl-conv", (1, 28, 28), 4, {"optimizer": "adam"}),
+    ],
+)
+def test_memory_is_told_for_both_passes(
+    model: str,
+    shape: tuple[int, ...],
+    batch: int,
+    knobs: dict[str, Any],
+    ratio: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against the profiler, where every batch draws the widest student: never less, and not much more."""
+    widest = {1.0: 0.8, 0.6: 0.4}[ratio]
+    monkeypatch.setattr(OrderedDropout, "draw", lambda self: widest)
+    values = {"strategy": "fjord", "model": model, "batch-size": batch, "local-epochs": 1, **knobs}
+    task = Experiment.read(values).task(10, shape)
+    samples = Samples(torch.randn(3 * batch, *shape), torch.arange(3 * batch) % 10)
+    part, job = prefix_ratio(task.layout, ratio), job_of(task, ratio)
+    dropout, network = OrderedDropout(task, part, ratio, 0), task.network(job.arrays)
+    peak = allocated_peak(  # narrow's tensors are numpy's, which torch does not see
+        lambda: train_network(copy.deepcopy(network), job, task, samples, dropout.distilling_loss)
+    )
+    told = (task.memory_to_train(part) + memory_beside(task, part) - BUDGET_BYTES) / BUDGET_FACTOR
+    assert 0.99 * peak - 60_000 <= told <= 1.35 * peak, told / peak
+
+
+def test_without_a_student_nothing_is_beside() -> None:
+    task = task_of()
+    assert memory_beside(task, prefix_ratio(task.layout, 1.0)) > 0
+    assert memory_beside(task, prefix_ratio(task.layout, 0.2)) == 0
+    off = task_of(self_distillation=False)
+    assert memory_beside(off, prefix_ratio(task.layout, 1.0)) == 0
+
+
+def test_a_device_without_room_for_both_passes_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for on, refuses in ((True, True), (False, False)):
+        task = task_of(self_distillation=on)
+        job = replace(job_of(task, 1.0), device=Device(0, memory_bytes=1e12, measure_memory=True))
+        free = task.memory_to_train(job.submodel)
+        monkeypatch.setattr(jobs, "free_memory", lambda free=free: free)
+        if refuses:
+            with pytest.raises(RuntimeError, match="out of memory: the part needs"):
+                local_update(job, task, client())
+        else:
+            local_update(job, task, client())
 
 
 def spied(folder: Path, values: Mapping[str, Any], kind: str, clients: int = 4) -> tuple[Path, list[Any]]:

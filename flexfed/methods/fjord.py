@@ -38,12 +38,12 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flexfed.cost import training_macs
+from flexfed.cost import BYTES_PER_NUMBER, memory_budget, part_bytes, training_macs, training_memory
 from flexfed.inner import InnerNetwork
 from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.heterofl import LevelsConfig, Weights
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel
+from flexfed.submodel import Submodel, narrow_sizes, within
 
 if TYPE_CHECKING:
     from flexfed.data import ClientData
@@ -120,7 +120,7 @@ class OrderedDropout:
     def distilling_loss(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the network itself, and what it teaches the width drawn; that alone is left to learn.
 
-        The first has gone backward when this returns, so that the two forward passes are never in memory at once.
+        The first has gone backward before the second begins: the two forward passes are never in memory at once.
         """
         teacher = self._output(self._largest, network, inputs)
         hard, width = functional.cross_entropy(teacher, labels), self.draw()
@@ -139,10 +139,37 @@ class OrderedDropout:
         return sum(training_macs(self._task.macs(self._parts[p]), num) for p, num in self._samples.items())
 
 
+def widest_student(task: Task, submodel: Submodel) -> Submodel | None:
+    """The largest part that a client's own may teach; None: nothing is inside it, or there is no distillation."""
+    if not task.method.self_distillation:
+        return None
+    parts = (prefix_ratio(task.layout, ratio) for ratio in task.method.ratios)
+    return next((part for part in parts if part != submodel and within(part, submodel)), None)
+
+
+def memory_beside(task: Task, submodel: Submodel) -> int:
+    """Bytes that must be free for distillation, beside those for plain training of the part; at most.
+
+    In the student's pass all that its own training would hold is there, but its weights and what the optimiser
+    remembers are those of the whole part, of which gradients are there as well; and where a slice's gradient goes
+    back, one tensor's, as large as the part's, once an axis.
+    """
+    student, training = widest_student(task, submodel), task.training
+    if student is None:
+        return 0
+    remembered = 2 if training.optimizer == "adam" else int(training.momentum > 0)
+    plain, alone = (
+        training_memory(task.factory, task.layout, part, task.input_shape, training) for part in (submodel, student)
+    )
+    more = (2 + remembered) * part_bytes(task.layout, submodel) - (1 + remembered) * part_bytes(task.layout, student)
+    largest = BYTES_PER_NUMBER * max(narrow_sizes(task.layout, submodel).values())
+    return max(0, memory_budget(alone + more + 2 * largest) - memory_budget(plain))
+
+
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train the part, a width a batch."""
     method: FjORDConfig = task.method
-    require_memory(job.device, job.submodel, task.memory_to_train)
+    require_memory(job.device, job.submodel, lambda part: task.memory_to_train(part) + memory_beside(task, part))
     network = task.network(job.arrays)
     widths = OrderedDropout(task, job.submodel, float(str(job.config["ratio"])), job.seed)
     if method.self_distillation:  # accuracy is then that of p_max, the one that every batch trains
