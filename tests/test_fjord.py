@@ -14,7 +14,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor, nn
 from torch.nn import functional
-from toy import DIGITS, LAYOUTS, QUICK, Ties, lines, place, random_arrays, run_toy, same_bits
+from toy import DIGITS, LAYOUTS, QUICK, lines, place, random_arrays, run_toy, same_bits
 
 from benchmarks.memory import allocated_peak
 from flexfed import jobs
@@ -29,12 +29,10 @@ from flexfed.inner import InnerNetwork
 from flexfed.jobs import Assignment, Job, Task, Update, initial_arrays, train_network
 from flexfed.methods.fjord import FjORDConfig, OrderedDropout, allowed, local_update, memory_beside, soft_cross_entropy
 from flexfed.methods.heterofl import HeteroFLConfig, LevelsConfig
-from flexfed.models import model_factory
-from flexfed.networks import travelling
 from flexfed.select import kept_units, prefix_ratio
 from flexfed.submodel import Submodel, extract, flatten, narrow, unpack
 from flexfed.training import Samples, batches, use_batch_statistics
-from flexfed.units import Arrays, Layout, trace_layout
+from flexfed.units import Arrays, Layout
 from strategies import STRATEGIES
 
 P = (1.0, 0.8, 0.6, 0.4, 0.2)
@@ -106,85 +104,6 @@ def test_a_client_may_train_its_own_width_and_the_runs_below() -> None:
     assert allowed(P, 0.2) == (0.2,)
     assert allowed(P, 39 / 64) == (39 / 64, 0.6, 0.4, 0.2)
     assert allowed(P, 1 / 64) == (1 / 64,)
-
-
-# --- a network inside a network ---------------------------------------------------------------------------------
-
-
-class Twice(nn.Module):
-    """A layer and a norm that run twice in every pass; digits in."""
-
-    def __init__(self, num_classes: int = 10):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 10, 3, stride=2, padding=1)
-        self.again = nn.Conv2d(10, 10, 3, padding=1)
-        self.norm = nn.BatchNorm2d(10)
-        self.head = nn.Linear(10 * 16, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for _ in range(2):
-            x = x + self.norm(self.again(x)).relu()
-        return self.head(x.flatten(1))
-
-
-def twice(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """For runs, by name."""
-    return Twice(num_classes)
-
-
-def network(name: str) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    own: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-        "ties": (Ties, (1, 4, 4)),
-        "twice": (Twice, DIGITS),
-    }
-    shapes = {"cnn": DIGITS, "cnn1d": (3, 64)}
-    shape = shapes.get(name, (3, 32, 32))
-    return own[name] if name in own else (model_factory(name, 10, shape), shape)
-
-
-MODELS = ["cnn", "cnn1d", "heterofl-resnet18", "flexfl-mobilenetv2", "ties", "twice"]
-
-
-@cache
-def numbered(name: str) -> Layout:
-    return trace_layout(*network(name))
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("largest", [1.0, 0.6])
-def test_a_width_computes_what_the_narrow_network_of_it_computes(name: str, largest: float) -> None:
-    """Outputs and gradients; entries outside of it have gradients of zero."""
-    factory, shape = network(name)
-    layout, outer = numbered(name), prefix_ratio(numbered(name), largest)
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    whole = {n: t.detach().numpy() for n, t in travelling(factory()).items()}
-    held = use_batch_statistics(narrow(factory, extract(layout, outer, whole))).train()
-    inputs = torch.from_numpy(rng.standard_normal((6, *shape), dtype=np.float32))
-    for p in allowed(P, largest)[1:]:
-        inner = prefix_ratio(layout, p)
-        alone = use_batch_statistics(narrow(factory, extract(layout, inner, whole))).train()
-        torch.manual_seed(1)  # dropout
-        expected = alone(inputs)
-        torch.manual_seed(1)
-        got = InnerNetwork(factory, layout, outer, inner)(held, inputs)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-        held.zero_grad()
-        alone.zero_grad()
-        for logits in (expected, got):
-            functional.cross_entropy(logits, torch.arange(len(inputs)) % logits.shape[1]).backward()
-        small = {n: g.grad for n, g in alone.named_parameters()}
-        for n, parameter in held.named_parameters():
-            padded = np.zeros(layout.shapes[n], dtype=np.float32)
-            padded[place(layout, inner, n)] = small[n]
-            expected_here = padded[place(layout, outer, n)]
-            scale = max(1.0, float(np.abs(expected_here).max()))
-            assert parameter.grad is not None
-            np.testing.assert_allclose(parameter.grad, expected_here, rtol=1e-3, atol=1e-4 * scale, err_msg=n)
-            outside = np.ones(layout.shapes[n], dtype=bool)
-            outside[place(layout, inner, n)] = False
-            assert not parameter.grad.numpy()[outside[place(layout, outer, n)]].any()
 
 
 # --- what a batch learns ----------------------------------------------------------------------------------------
@@ -621,7 +540,7 @@ def test_widths_that_round_to_the_largest_take_no_second_pass() -> None:
 
 
 def test_a_layer_that_runs_twice_is_one_width(tmp_path: Path) -> None:
-    run = run_toy(tmp_path, "fjord", {"model": "test_fjord:twice"})
+    run = run_toy(tmp_path, "fjord", {"model": "test_inner:twice"})
     (line,) = lines(run)
     assert not line["failed"]
     assert not line["refused"]
