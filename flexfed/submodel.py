@@ -275,15 +275,23 @@ def within(inner: Submodel, outer: Submodel) -> bool:
     return keys and axes and not bool((inner.units & ~outer.units).any())
 
 
+def masks_within(inner: Submodel, outer: Submodel) -> bool:
+    """Do two submodels of the same units mask the same tensors, `inner` keeping no entry that `outer` leaves out?"""
+    same = inner.masks.keys() == outer.masks.keys() and bool(np.array_equal(inner.units, outer.units))
+    return same and not any((mask & ~outer.masks[name]).any() for name, mask in inner.masks.items())
+
+
 _PACKED = ("units", "keys", "cut", "masks")
 
 
-def pack(submodel: Submodel, known: bytes = b"") -> dict[str, bytes]:
+def pack(submodel: Submodel, known: bytes = b"", sent: Submodel | None = None) -> dict[str, bytes]:
     """A submodel as bytes: one bit a unit, tensor names, one bit an entry of each mask.
 
     Args:
         submodel: what to pack.
         known: `masks_key` of the submodel that the receiver knows: if the masks are the same, only the key travels.
+        sent: that submodel itself, if the sender has it: where some of its entries are left out, only the masks that
+            changed travel, one bit for each entry that it keeps.
     """
     packed = {"units": np.packbits(submodel.units).tobytes()}
     if submodel.keys is not None:
@@ -292,6 +300,10 @@ def pack(submodel: Submodel, known: bytes = b"") -> dict[str, bytes]:
         packed["cut"] = submodel.cut.encode()
     if submodel.masks and submodel.masks_key == known:
         return {**packed, "masks": known}
+    if sent is not None and sent.masks and masks_within(submodel, sent):
+        kept = {name: mask[sent.masks[name]] for name, mask in submodel.masks.items()}
+        changed = {f"kept:{name}": np.packbits(bits).tobytes() for name, bits in kept.items() if not bits.all()}
+        return {**packed, "masks": sent.masks_key, **changed}
     for name, mask in submodel.masks.items():
         packed[f"mask:{name}"] = np.packbits(mask).tobytes()
     return packed
@@ -303,17 +315,20 @@ def unpack(layout: Layout, packed: Mapping[str, bytes], known: Submodel | None =
     Args:
         layout: the network's numbering.
         packed: what came.
-        known: whose masks are meant where only their key came.
+        known: whose masks are meant where only their key came, or their key and what of them is kept.
 
     Raises:
         ValueError: bits of the wrong length, set bits behind the last unit, names the layout does not have,
             masks that are not known, or anything that `pack` does not write.
     """
     masked = {name.removeprefix("mask:"): bits for name, bits in packed.items() if name.startswith("mask:")}
-    if other := [name for name in packed if name not in _PACKED and not name.startswith("mask:")]:
+    less = {name.removeprefix("kept:"): bits for name, bits in packed.items() if name.startswith("kept:")}
+    if other := [name for name in packed if name not in _PACKED and not name.startswith(("mask:", "kept:"))]:
         raise ValueError(f"a submodel has {', '.join(_PACKED)} or masks, and nothing like {other[0][:40]!r}")
     if masked and "masks" in packed:
         raise ValueError("a submodel has masks or their key, not both")
+    if less and "masks" not in packed:
+        raise ValueError("a submodel tells what it keeps of masks, but not of which; expected their key")
     units = _bits(packed.get("units", b""), layout.num_units, "units")
     keys = None
     if "keys" in packed:
@@ -329,12 +344,23 @@ def unpack(layout: Layout, packed: Mapping[str, bytes], known: Submodel | None =
             or not np.array_equal(units, known.units)
         ):
             raise ValueError("submodel names masks that are not known here; expected the masks themselves")
-        return Submodel(units, keys, known.masks, cut)
+        return Submodel(units, keys, _less(known.masks, less), cut)
     shapes = narrow_shapes(layout, Submodel(units, keys, cut=cut)) if masked else {}
     if not masked.keys() <= shapes.keys():
         raise ValueError(f"submodel masks an unknown tensor: {sorted(masked.keys() - shapes.keys())[0]!r}")
     masks = {n: _bits(b, math.prod(shapes[n]), f"mask:{n}").reshape(shapes[n]) for n, b in masked.items()}
     return Submodel(units, keys, masks, cut)
+
+
+def _less(masks: Mapping[str, np.ndarray], kept: Mapping[str, bytes]) -> Mapping[str, np.ndarray]:
+    """Masks without the entries that are kept no more; `kept` has a bit for each entry that a mask keeps."""
+    if unknown := sorted(kept.keys() - masks.keys()):
+        raise ValueError(f"submodel keeps less of a mask that is not known here: {unknown[0][:40]!r}")
+    found = dict(masks)
+    for name, bits in kept.items():
+        found[name] = np.zeros(masks[name].shape, dtype=bool)
+        found[name][masks[name]] = _bits(bits, int(np.count_nonzero(masks[name])), f"kept:{name}")
+    return found
 
 
 def _bits(packed: bytes, num: int, what: str) -> np.ndarray:

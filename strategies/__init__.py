@@ -9,6 +9,7 @@ from strategies.federated import FederatedStrategy
 from strategies.fedlps import FedLPS
 from strategies.fedrolex import FedRolex
 from strategies.fedstitch import FedStitch
+from strategies.fiarse import FIARSE
 from strategies.fjord import FjORD
 from strategies.flexfl import FlexFL
 from strategies.heterofl import HeteroFL
@@ -21,6 +22,7 @@ STRATEGIES: dict[str, type[FederatedStrategy]] = {
     "fedlps": FedLPS,
     "fedrolex": FedRolex,
     "fedstitch": FedStitch,
+    "fiarse": FIARSE,
     "fjord": FjORD,
     "flexfl": FlexFL,
     "heterofl": HeteroFL,

@@ -261,7 +261,7 @@ class SubmodelStrategy(MethodStrategy):
             raise ValueError(f"it weighs {update.weight}, but has told of {told} examples")
         refuse_empty(self.task.layout, assignment.submodel, update.submodel)
         self.check(assignment, update)
-        averager.add(update.submodel, update.difference, self.weigh(update))
+        averager.add(*self.counted(update), self.weigh(update))
         self._replied.add(partition)
         self.record.count(self.devices[partition], level, update, num_bytes(reply))
         recur = METHODS[self.settings.strategy].masks_recur

@@ -95,6 +95,10 @@ class MethodStrategy(FederatedStrategy):
         """A reply's weight in the mean: its number of examples."""
         return update.weight
 
+    def counted(self, update: Update) -> tuple[Submodel, np.ndarray]:
+        """What of a reply the mean counts, and its differences: all of it."""
+        return update.submodel, update.difference
+
     def level_trained(self, assignment: Assignment, update: Update) -> str:
         """Name of the level that a reply holds; here what was sent."""
         return assignment.level

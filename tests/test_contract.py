@@ -51,6 +51,7 @@ LEVELS = {
     "fedlps": {"full"},
     "fedrolex": {"full"},
     "fedstitch": {"stitched"},
+    "fiarse": {"a", "b", "c", "d"},
     "fjord": {"a", "b", "c", "d", "e"},  # whoever holds a trains all the others inside it
     "flexfl": {"S", "M-", "M", "L-", "L"},
     "heterofl": {"a", "b"},  # weak and medium devices hold b, strong ones a

@@ -202,17 +202,19 @@ def update_content(update: Update, layout: Layout, job: Job | None = None) -> Re
     Args:
         update: what was learned.
         layout: the network's numbering.
-        job: what was asked: it says how the reply is to be encoded, and its masks do not travel back.
+        job: what was asked: it says how the reply is to be encoded, and of its masks only what changed travels back.
     """
     codec = PLAIN if job is None else job.reply_codec
     rng = None if job is None else np.random.default_rng([job.seed, 7])  # rounding at random: the mean is unbiased
     metrics = {"weight": float(update.weight), **{k: float(v) for k, v in update.metrics.items()}}
     if update.state:
         metrics["kept-masks" if is_copy(update.state) else "kept-state"] = 1.0
+    sent = None if job is None else job.submodel
+    packed = pack(update.submodel, sent.masks_key if sent else b"", sent)
     content = RecordDict(
         {
             "arrays": ArrayRecord(encoded(codec, layout, update.submodel, update.difference, rng)),
-            "submodel": ConfigRecord(cast(Any, pack(update.submodel, job.submodel.masks_key if job else b""))),
+            "submodel": ConfigRecord(cast(Any, packed)),
             "metrics": MetricRecord(cast(Any, metrics)),
         }
     )
