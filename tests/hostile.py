@@ -423,6 +423,36 @@ def masks_never_sent(v: Victim, rng: np.random.Generator) -> dict[str, Any] | No
     return records
 
 
+def damaged_masks(v: Victim, rng: np.random.Generator) -> dict[str, Any] | None:
+    """Less, or more, of the masks that were sent than can be."""
+    sent, records = v.asked.submodel, v.fresh()
+    names = [name for name, mask in sent.masks.items() if mask.any() and not mask.all()]
+    if not names:
+        return None
+    name = pick(rng, names)
+    num = int(sent.masks[name].sum())
+    size, packed = -(-num // 8), {k: b for k, b in records["submodel"].items() if not k.startswith(("mask", "kept:"))}
+    records["submodel"] = ConfigRecord(packed)
+    told = {"masks": sent.masks_key}
+    kind = pick(rng, ["length", "behind", "unknown", "of nothing", "other numbers", "more"])
+    if kind == "more":
+        mask = sent.masks[name].copy()
+        mask[tuple(pick(rng, np.argwhere(~mask)))] = True
+        return v.claiming(replace(sent, masks={**sent.masks, name: mask}))
+    if kind == "unknown":
+        told[f"kept:{pick(rng, [*NAMES, 'no.such'])}"] = b"\xff"
+    elif kind == "of nothing":
+        told = {f"kept:{name}": bytes(size)}
+    elif kind == "other numbers":
+        told |= {f"kept:{other}": bytes(-(-int(mask.sum()) // 8)) for other, mask in sent.masks.items()}
+    elif kind == "behind" and num % 8:
+        told[f"kept:{name}"] = b"\xff" * size
+    else:
+        told[f"kept:{name}"] = rng.bytes(size + int(pick(rng, [-1, 1, 100])))
+    records["submodel"].update(told)
+    return records
+
+
 def unknown_keys(v: Victim, rng: np.random.Generator) -> dict[str, Any]:
     records = v.fresh()
     records["submodel"][pick(rng, ["", "unit", "Units", "extra", "mask", "\ud800"])] = rng.bytes(int(rng.integers(40)))
@@ -534,6 +564,7 @@ CHANGES: dict[str, Change] = {
         *(cut_bytes, oversized, bad_numbers, garbage_numbers, bad_codes),
         *(units_never_sent, no_unit_of_a_group, a_hidden_unit_less, random_claim, another_clients_part, damaged_bits),
         *(other_values_than_bytes, tensors_never_sent, fitting_tensors, other_cut, masks_never_sent, unknown_keys),
+        *(damaged_masks,),
         *(absurd_weight, no_weight, absurd_metrics, impossible_work, told_unasked, told_wrongly, bad_ranking),
         *(bad_steps, bad_accuracy, many_metrics),
     )

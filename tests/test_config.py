@@ -121,7 +121,7 @@ def test_wrong_types_are_refused(values: dict[str, Any], match: str) -> None:
 
 # --- one clear error before round 1 -----------------------------------------------------------------------------
 
-EVERYBODY = "autoflip, compressed, exclusive, fedavg, fedlps, fedrolex, fedstitch, fjord, flexfl, heterofl, small"
+EVERYBODY = ", ".join(sorted(METHODS))
 
 
 @pytest.mark.parametrize(

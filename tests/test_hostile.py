@@ -38,6 +38,8 @@ MODEL = {"model": "hostile:Tiny", "round-timeout": 600.0}
 
 SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     **{strategy: (strategy, {}) for strategy in AVERAGING},
+    "fiarse": ("fiarse", {"fiarse.sizes": "0.25, 0.0625"}),  # masks for everybody
+    "units of the moment": ("fiarse", {"fiarse.mode": "units", "fiarse.sizes": "1.0, 0.5, 0.25"}),
     "int8": ("fedavg", {"codec": "int8"}),
     "int4": ("heterofl", {"codec": "int4"}),
     "rankings of masks": ("fedlps", {"fedlps.mask-update": "batch", "ratio-policy": "fixed"}),

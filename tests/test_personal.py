@@ -456,16 +456,19 @@ def exceeds(strategy: Any, device: Device, part: Submodel) -> list[str]:
 
 
 def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> bool:
-    """The level policy's own measures: the smallest level for everybody, FlexFL's targets, FedAvg's indifference."""
+    """The level policy's own measures: the smallest level for everybody, FlexFL's targets, FedAvg's indifference.
+
+    Masked networks are as large as any.
+    """
     name, layout, policy = strategy.settings.strategy, strategy.task.layout, strategy.settings.ratio_policy
     if "memory" in over or policy != "level":
-        return name in ("fedavg", "autoflip") and "memory" not in over
+        return name in ("fedavg", "autoflip", "fiarse") and "memory" not in over
     if name in ("heterofl", "fedrolex", "fjord"):
         return widths(layout, part) == widths(layout, prefix_ratio(layout, strategy.task.method.ratios[-1]))
     if name == "flexfl":
         (level,) = [i for i, pool in enumerate(strategy.levels().values()) if pool == part]
         return level == 0 or bool(strategy.task.method.level_targets[level] <= device.capacity + 1e-9)
-    return name in ("fedavg", "autoflip", "small")
+    return name in ("fedavg", "autoflip", "fiarse", "small")
 
 
 PRODUCT = [
@@ -506,7 +509,7 @@ def test_law_11_no_test_asks_for_more_than_the_device_has_in_that_round(strategy
                 assert num_parameters(layout, kept[partition]) > num_parameters(layout, sent)
                 fallbacks += 1
     assert own > 0 or strategy == "exclusive"
-    assert fallbacks > 0 or fleet == "skewed" or strategy in ("exclusive", "fedavg", "autoflip", "small")
+    assert fallbacks > 0 or fleet == "skewed" or strategy in ("exclusive", "fedavg", "autoflip", "fiarse", "small")
 
 
 @pytest.mark.parametrize("mode", ["stored-local", "global-masked"])

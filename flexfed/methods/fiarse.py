@@ -112,8 +112,7 @@ class _Masked:
         self._stays = self._flat[self._kept].abs() < threshold  # sent although it is below: stays for the round
         self._left = self._kept[:0]  # entries that have dropped out, and their values then
         self._values = self._flat[:0]
-        self._rest = ~torch.from_numpy(mask.reshape(-1))
-        self._flat[self._rest] = 0.0
+        self._flat[torch.from_numpy(~mask.reshape(-1))] = 0.0
         if parameter.requires_grad:
             parameter.register_hook(self._through_threshold)  # type: ignore[no-untyped-call]
 
