@@ -134,7 +134,7 @@ EVERYBODY = ", ".join(sorted(METHODS))
         ({"dataset": ""}, 'dataset must be "digits"'),
         (
             {"fleet": "skewd"},
-            "unknown fleet 'skewd'; known: boards, equal, even, fedlps, fedlps-fixed, fifths, flexfl, pyramid, skewed",
+            "unknown fleet 'skewd'; known: boards, equal, even, fedlps, fedlps-fixed, fifths, flexfl, pyramid",
         ),
         ({"partition": "dirichelt"}, "unknown partition 'dirichelt'; known: dirichlet, iid, natural, pathological"),
         ({"partition": "natural"}, "needs id-column"),

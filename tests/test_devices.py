@@ -263,7 +263,7 @@ def test_the_papers_fleets_are_what_the_papers_say() -> None:
 
 
 def test_unknown_fleets_list_the_known_ones() -> None:
-    known = "boards, equal, even, fedlps, fedlps-fixed, fifths, flexfl, pyramid, skewed, tiers"
+    known = "boards, equal, even, fedlps, fedlps-fixed, fifths, flexfl, pyramid, quarters, skewed, tiers"
     with pytest.raises(ValueError, match=f"unknown fleet 'skewd'; known: {known}, or the absolute path"):
         load_fleet("skewd")
     with pytest.raises(ValueError, match=r"unknown fleet '/no/where.toml'"):
