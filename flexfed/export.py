@@ -23,6 +23,7 @@ from flexfed.cost import num_parameters
 from flexfed.evaluation import with_statistics
 from flexfed.exits import Exits
 from flexfed.levels import RunLevels, read_levels
+from flexfed.methods import METHODS
 from flexfed.models import model_factory
 from flexfed.networks import Factory
 from flexfed.report import percent, scaled
@@ -121,7 +122,8 @@ def level_arrays(found: RunLevels, level: str) -> Arrays:
     """
     layout, part = found.task.layout, found.parts[level]
     codec = found.checkpoint.facts.get("level-codecs", {}).get(level, PLAIN)  # older runs have none
-    arrays = through(codec, layout, part, extract(layout, part, found.checkpoint.arrays))
+    used = METHODS[found.checkpoint.facts["strategy"]].as_used
+    arrays = through(codec, layout, part, used(found.task, part, extract(layout, part, found.checkpoint.arrays)))
     statistics = found.checkpoint.statistics.get(level)
     if statistics is None and norm_widths(narrow(found.task.factory, arrays)):
         raise ValueError(_no_statistics(found, level))

@@ -4,6 +4,9 @@
 (Diao, Ding, Tarokh, ICLR 2021, arXiv 2010.01264), section 3. In the released code it is a layer written into
 each network; here it is hooks on any network. In front of batch norm it changes next to nothing (only its
 epsilon is then relatively smaller); without norms it matters.
+
+ScaleFL's scaler divides after training, too (`divide_outputs`): it belongs to the network, and can be put into its
+weights (`divide_weights`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+
+from flexfed.units import Arrays
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 _WEIGHTS = (_ConvNd, nn.Linear)
@@ -57,6 +62,30 @@ def scale_outputs(model: nn.Module, rate: float, uncut: Collection[str] | None =
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def divide_outputs(model: nn.Module, rate: float, layers: Collection[str]) -> Iterator[None]:
+    """Divide what layers give by `rate`, in training and in eval mode, while the context is open.
+
+    Args:
+        model: gets forward hooks until the context closes.
+        rate: in (0, 1]; at 1 nothing is done.
+        layers: their names; those that the model does not have are left out.
+    """
+    present = [module for name, module in model.named_modules() if name in layers and rate != 1]
+    handles = [module.register_forward_hook(lambda _, __, output: output / rate) for module in present]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def divide_weights(part: Arrays, rate: float, layers: Collection[str]) -> Arrays:
+    """Tensors of a network that computes, as it is, what another does inside `divide_outputs`."""
+    divided = {f"{layer}.{name}" for layer in layers for name in ("weight", "bias")}
+    return {n: (array / rate).astype(array.dtype) if n in divided else array for n, array in part.items()}
 
 
 def _scaled(model: nn.Module, uncut: Collection[str] | None) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -13,6 +13,7 @@ from strategies.fiarse import FIARSE
 from strategies.fjord import FjORD
 from strategies.flexfl import FlexFL
 from strategies.heterofl import HeteroFL
+from strategies.scalefl import ScaleFL
 
 STRATEGIES: dict[str, type[FederatedStrategy]] = {
     "autoflip": AutoFLIP,
@@ -26,5 +27,6 @@ STRATEGIES: dict[str, type[FederatedStrategy]] = {
     "fjord": FjORD,
     "flexfl": FlexFL,
     "heterofl": HeteroFL,
+    "scalefl": ScaleFL,
     "small": Small,
 }

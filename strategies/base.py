@@ -202,18 +202,19 @@ class SubmodelStrategy(MethodStrategy):
         codec = self.settings.codec
         return replace(assignment, codec=assignment.codec or codec, reply_codec=assignment.reply_codec or codec)
 
-    def part(self, parts: Parts, assignment: Assignment) -> dict[str, Array]:
+    def part(self, parts: Parts, assignment: Assignment, used: bool = False) -> dict[str, Array]:
         """A part of the global model for the wire, extracted and encoded once for all that need it.
 
         Args:
             parts: those of this round that were needed last: where every client has its own, no more may be held.
             assignment: which, and how it is to travel.
+            used: as a device uses it, not as it trains it.
         """
         layout, submodel, codec = self.task.layout, assignment.submodel, assignment.codec or self.settings.codec
         key = (submodel.key, codec)
         if key not in parts:
-            flat = flatten(layout, submodel, extract(layout, submodel, self._arrays))
-            parts[key] = encoded(codec, layout, submodel, flat)
+            found = self.as_used(submodel, self._arrays) if used else extract(layout, submodel, self._arrays)
+            parts[key] = encoded(codec, layout, submodel, flatten(layout, submodel, found))
         parts[key] = parts.pop(key)  # the last one needed is the last to go
         if len(parts) > PARTS_KEPT:
             del parts[next(iter(parts))]

@@ -16,6 +16,7 @@ from flexfed.codecs import PLAIN, through
 from flexfed.devices import Device
 from flexfed.evaluation import part_statistics
 from flexfed.jobs import Assignment, Task, Update
+from flexfed.methods import METHODS
 from flexfed.submodel import Submodel, extract, full
 from flexfed.units import Arrays
 from strategies.federated import FederatedStrategy
@@ -51,8 +52,13 @@ class MethodStrategy(FederatedStrategy):
 
     def deployed(self, name: str, arrays: Arrays) -> Arrays:
         """The tensors of an evaluated level, as a device would use them."""
-        layout, level = self.task.layout, self.levels()[name]
-        return through(self.level_codec(name), layout, level, extract(layout, level, arrays))
+        level = self.levels()[name]
+        return through(self.level_codec(name), self.task.layout, level, self.as_used(level, arrays))
+
+    def as_used(self, submodel: Submodel, arrays: Arrays) -> Arrays:
+        """A part of the model, as the network that a device uses."""
+        part = extract(self.task.layout, submodel, arrays)
+        return METHODS[self.settings.strategy].as_used(self.task, submodel, part)
 
     def headline(self) -> tuple[str, ...]:
         """The levels whose mean is `accuracy-levels`."""

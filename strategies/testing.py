@@ -121,7 +121,7 @@ class ClientTests:
         strategy, found = self._strategy, self._strategy.with_codecs(assignment)
         extra = {**strategy.transform, **strategy.holdings.base_of(partition), **extra}
         known = strategy.holdings.masks_of(partition)
-        return job_content(strategy.part(self._parts, found), found, 0, server_round, extra, known)
+        return job_content(strategy.part(self._parts, found, used=True), found, 0, server_round, extra, known)
 
     def _message(
         self, personal: bool, partition: int, part: Submodel, content: RecordDict, server_round: int

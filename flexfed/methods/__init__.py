@@ -21,8 +21,11 @@ from flexfed.methods import (
     fjord,
     flexfl,
     heterofl,
+    scalefl,
 )
 from flexfed.questions import Phase
+from flexfed.submodel import Submodel
+from flexfed.units import Arrays
 
 
 def no_training(job: Job, task: Task, data: ClientData) -> Update:
@@ -34,6 +37,11 @@ def no_training(job: Job, task: Task, data: ClientData) -> Update:
     raise ValueError("clients of this method train no parts, they answer questions; who sent a job?")
 
 
+def as_trained(task: Task, submodel: Submodel, part: Arrays) -> Arrays:
+    """Of methods whose parts compute the same when they are used as when they are trained."""
+    return part
+
+
 @dataclass(frozen=True)
 class Method:
     """A method as the configuration and the client know it.
@@ -43,6 +51,7 @@ class Method:
         prefix: of their keys in the configuration.
         local_update: its work on the client; by default it has none: its clients only answer questions.
         actions: further work of its client, by name: asked for in messages `train.<name>`.
+        as_used: a part's tensors, from those that are trained: of a plain network that computes what the part does.
         exits: the classifiers that it attaches to the network, given its knobs and the stages that the run names.
         phases: what its client is asked beside the training of parts: message type -> the answer.
         cuts: it gives devices parts of the network, which therefore must be one that can be traced.
@@ -63,6 +72,7 @@ class Method:
     actions: Mapping[str, LocalUpdate] = field(default_factory=dict)
     phases: Mapping[str, Phase] = field(default_factory=dict)
     exits: Callable[[Any, tuple[str, ...]], Exits] | None = None
+    as_used: Callable[[Task, Submodel, Arrays], Arrays] = as_trained
 
 
 METHODS: dict[str, Method] = {
@@ -99,5 +109,8 @@ METHODS: dict[str, Method] = {
     "fjord": Method(fjord.FjORDConfig, "fjord.", fjord.local_update, any_width=True),
     "flexfl": Method(flexfl.FlexFLConfig, "flexfl.", flexfl.local_update, any_width=True),
     "heterofl": Method(heterofl.HeteroFLConfig, "heterofl.", heterofl.local_update, any_width=True),
+    "scalefl": Method(
+        scalefl.ScaleFLConfig, "scalefl.", scalefl.local_update, exits=scalefl.exits_of, as_used=scalefl.as_used
+    ),
     "small": Method(fedavg.SmallConfig, "small.", fedavg.local_update),
 }
