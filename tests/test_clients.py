@@ -31,7 +31,7 @@ from flexfed.flower.messages import read_update
 from flexfed.jobs import Job, Task, Update, free_memory_of, initial_arrays
 from flexfed.methods import METHODS, fedavg, flexfl
 from flexfed.methods.flexfl import LEVELS, Teacher
-from flexfed.submodel import Submodel, extract, flatten, narrow, pack, unpack, within
+from flexfed.submodel import Submodel, extract, flatten, full, narrow, pack, unpack, within
 from flexfed.training import use_batch_statistics
 from strategies import STRATEGIES
 
@@ -224,7 +224,8 @@ def test_a_job_is_left_as_it_came(method: str) -> None:
     bench = Bench()
     experiment = Experiment.read({**QUICK, "strategy": method})
     task = experiment.task(10, DIGITS)
-    job = replace(bench.job("L"), config={**bench.job("L").config, "ratio": 1.0, "tier": "p50q8"})
+    config = {**bench.job("L").config, "ratio": 1.0, "tier": "p50q8", "gamma": 0.05}
+    job = replace(bench.job("L"), submodel=full(task.layout), arrays=initial_arrays(task, "", 1), config=config)
     for array in job.arrays.values():
         array.flags.writeable = False
     before = flatten(task.layout, job.submodel, job.arrays)

@@ -379,7 +379,8 @@ def test_a_codec_shrinks_the_messages_of_any_strategy(strategy: str, codec: str,
     sizes: dict[str, list[tuple[int, int]]] = {}
     for name in ("float32", codec):
         heard: list[tuple[str, int, int, Submodel]] = []
-        found = run_toy(tmp_path, strategy, {"codec": name, "fleet": "equal"}, alter=listening(heard, task().layout))
+        listen = listening(heard, toy_task(strategy).layout)
+        found = run_toy(tmp_path, strategy, {"codec": name, "fleet": "equal"}, alter=listen)
         sizes[name] = [(down, up) for _, down, up, _ in heard]  # masks and rankings travel beside the numbers
         assert lines(found)[0]["refused"] == lines(found)[0]["failed"] == []
     for (down, up), (dense_down, dense_up) in zip(sizes[codec], sizes["float32"], strict=True):

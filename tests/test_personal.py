@@ -403,9 +403,6 @@ def task_for(strategy: str, batch_size: int = 8) -> Task:
     return task_of(strategy, **{"batch-size": batch_size})
 
 
-ARRAYS = random_arrays(toy_task().layout, np.random.default_rng(0))
-
-
 def server(strategy: str, devices: Mapping[int, Device], batch_size: int = 8, **values: Any) -> Any:
     """A server that knows its devices and has a model, and no grid."""
     InProcessGrid(client_app.app, 1)  # Flower's messages want to know their task
@@ -414,7 +411,7 @@ def server(strategy: str, devices: Mapping[int, Device], batch_size: int = 8, **
     task = replace(task_for(strategy, batch_size), method=experiment.method)
     made = STRATEGIES[strategy](experiment, task, load_server(experiment.data))
     made.federation.devices, made.federation.nodes = dict(devices), {p: 100 + p for p in devices}
-    made.begin(ARRAYS, InProcessGrid(client_app.app, 1))
+    made.begin(random_arrays(task.layout, np.random.default_rng(0)), InProcessGrid(client_app.app, 1))
     return made
 
 
@@ -465,6 +462,8 @@ def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> b
         return name in ("fedavg", "autoflip", "fiarse") and "memory" not in over
     if name in ("heterofl", "fedrolex", "fjord"):
         return widths(layout, part) == widths(layout, prefix_ratio(layout, strategy.task.method.ratios[-1]))
+    if name == "scalefl":
+        return part == strategy.parts[-1]
     if name == "flexfl":
         (level,) = [i for i, pool in enumerate(strategy.levels().values()) if pool == part]
         return level == 0 or bool(strategy.task.method.level_targets[level] <= device.capacity + 1e-9)
@@ -509,7 +508,11 @@ def test_law_11_no_test_asks_for_more_than_the_device_has_in_that_round(strategy
                 assert num_parameters(layout, kept[partition]) > num_parameters(layout, sent)
                 fallbacks += 1
     assert own > 0 or strategy == "exclusive"
-    assert fallbacks > 0 or fleet == "skewed" or strategy in ("exclusive", "fedavg", "autoflip", "fiarse", "small")
+    never = strategy in ("exclusive", "fedavg", "autoflip", "fiarse", "small") or (strategy, policy) == (
+        "scalefl",
+        "budget",
+    )
+    assert fallbacks > 0 or fleet == "skewed" or never  # ScaleFL's devices hold no other level, or none at all
 
 
 @pytest.mark.parametrize("mode", ["stored-local", "global-masked"])
@@ -692,7 +695,8 @@ def test_statistics_are_those_of_the_training_samples_or_of_the_test_batch() -> 
     task = toy_task()
     rng = np.random.default_rng(4)
     whole = full(task.layout)
-    part = Part(whole, extract(task.layout, whole, ARRAYS))
+    arrays = random_arrays(task.layout, np.random.default_rng(0))
+    part = Part(whole, extract(task.layout, whole, arrays))
 
     def samples(num: int, shift: float) -> Samples:
         inputs = torch.tensor(rng.standard_normal((num, *DIGITS)) + shift, dtype=torch.float32)

@@ -260,9 +260,9 @@ def _divergence(teacher: Tensor, student: Tensor, temperature: float, distillati
     return (log_q.exp() * (log_q - log_p)).sum() / (student.numel() if released else len(student))
 
 
-def distills(config: ScaleFLConfig, server_round: int, num_rounds: int) -> bool:
-    """Whether a round, counted from 1, is one of distillation, given all that the run is to have."""
-    return server_round > config.distill_after * num_rounds
+def gamma_in(config: ScaleFLConfig, server_round: int, num_rounds: int) -> float:
+    """Weight of the distillation in a round, counted from 1, of all that the run is to have now."""
+    return config.gamma if server_round > config.distill_after * num_rounds else 0.0
 
 
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
