@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.autoflip import AutoFLIP
 from strategies.compressed import Compressed
+from strategies.depthfl import DepthFL
 from strategies.fedavg import Exclusive, FedAvg, Small
 from strategies.federated import FederatedStrategy
 from strategies.fedlps import FedLPS
@@ -18,6 +19,7 @@ from strategies.scalefl import ScaleFL
 STRATEGIES: dict[str, type[FederatedStrategy]] = {
     "autoflip": AutoFLIP,
     "compressed": Compressed,
+    "depthfl": DepthFL,
     "exclusive": Exclusive,
     "fedavg": FedAvg,
     "fedlps": FedLPS,

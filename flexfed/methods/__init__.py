@@ -12,6 +12,7 @@ from flexfed.jobs import Job, LocalUpdate, Task, Update
 from flexfed.methods import (
     autoflip,
     compressed,
+    depthfl,
     fedavg,
     fedlps,
     fedrolex,
@@ -84,6 +85,7 @@ METHODS: dict[str, Method] = {
         actions={"explore": autoflip.explore},
     ),
     "compressed": Method(compressed.CompressedConfig, "compressed.", compressed.local_update),
+    "depthfl": Method(depthfl.DepthFLConfig, "depthfl.", depthfl.local_update, exits=depthfl.exits),
     "exclusive": Method(fedavg.ExclusiveConfig, "exclusive.", fedavg.local_update, cuts=False),
     "fedavg": Method(fedavg.FedAvgConfig, "fedavg.", fedavg.local_update, cuts=False),
     "fedlps": Method(
