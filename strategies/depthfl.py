@@ -32,6 +32,8 @@ class DepthFL(SubmodelStrategy):
     device that holds no level gets the shallowest, under `ratio-policy = "budget"` none.
     """
 
+    _levels: tuple[Mapping[int, Device], dict[str, Submodel]] | None = None  # whose they are, and the levels
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._memory: Arrays = {}  # h
@@ -72,10 +74,13 @@ class DepthFL(SubmodelStrategy):
         return fixed_levels(self.federation.num_partitions, self._shares())
 
     def levels(self) -> dict[str, Submodel]:
-        """The levels that devices hold, the shallowest first, and always the whole network."""
+        """The levels that devices train, the shallowest first, and always the whole network."""
         devices = self.federation.devices
-        used = {self.level_of(state) for device in devices.values() for state in device.states()} | {0}
-        return {LEVELS[i]: self._parts[i] for i in sorted(used, reverse=True)}
+        if self._levels is None or self._levels[0] is not devices:
+            states = [state for device in devices.values() for state in device.states() if self.can_train(state)]
+            used = {self.level_of(state) for state in states} | {0}
+            self._levels = devices, {LEVELS[i]: self._parts[i] for i in sorted(used, reverse=True)}
+        return self._levels[1]
 
     def level_of(self, device: Device) -> int:
         """A device's level: by capacity or by fixed shares; less where it cannot bear that."""

@@ -121,10 +121,6 @@ class MethodStrategy(FederatedStrategy):
         """Bytes that a job carries besides its part, at most, for memory and the round's deadline."""
         return 0
 
-    def memory_beside(self, submodel: Submodel) -> int:
-        """Bytes that the method itself holds on a client while a part trains there, for its memory."""
-        return 0
-
     def download_of(self, submodel: Submodel) -> Submodel:
         """What a device is sent that is to train a part: the part, unless it cuts that out itself."""
         return submodel

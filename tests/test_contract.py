@@ -47,6 +47,7 @@ SUMMARY = {
 LEVELS = {
     "autoflip": {"full"},
     "compressed": {"w50", "full"},  # the first of the ladder that fits weak and medium devices, and strong ones
+    "depthfl": {"a", "c"},  # weak and medium devices hold c, strong ones a
     "exclusive": {"full"},
     "fedavg": {"full"},
     "fedlps": {"full"},

@@ -61,7 +61,7 @@ def fleet_of(strategy: str) -> dict[str, Any]:
     return {"fleet": "equal"} if strategy == "exclusive" else {}
 
 
-PLAIN_MEAN = {"autoflip": {"autoflip.server-momentum": 0.0}}
+PLAIN_MEAN = {"autoflip": {"autoflip.server-momentum": 0.0}, "depthfl": {"depthfl.feddyn-alpha": 0.0}}
 """Settings without which a strategy takes a server step of its own after the mean."""
 
 
@@ -138,7 +138,10 @@ def test_law_1_zero_differences_change_no_bit(layout: Layout, per: str, num: int
 
 @strategies
 def test_law_1_a_round_of_clients_that_change_nothing(strategy: str, tmp_path: Path) -> None:
-    """AutoFLIP's momentum has this fixed point where v = 0, as in a first round; masked entries are published as 0."""
+    """AutoFLIP's momentum has this fixed point where v = 0, FedDyn where h = 0, as in a first round.
+
+    Masked entries are published as 0.
+    """
 
     def nothing(request: Message, reply: Message, _: int) -> Message:
         is_train = request.metadata.message_type == "train"

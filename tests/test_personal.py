@@ -455,9 +455,12 @@ def exceeds(strategy: Any, device: Device, part: Submodel) -> list[str]:
 def allowed(strategy: Any, device: Device, part: Submodel, over: list[str]) -> bool:
     """The level policy's own measures: the smallest level for everybody, FlexFL's targets, FedAvg's indifference.
 
-    Masked networks are as large as any.
+    Masked networks are as large as any; of DepthFL's parts a device's `width` says nothing.
     """
     name, layout, policy = strategy.settings.strategy, strategy.task.layout, strategy.settings.ratio_policy
+    if name == "depthfl":
+        smallest = policy == "level" and part == strategy.part_of(Device(0, capacity=1e-9), 1).submodel
+        return over == ["width"] or (smallest and "memory" not in over)
     if "memory" in over or policy != "level":
         return name in ("fedavg", "autoflip", "fiarse") and "memory" not in over
     if name in ("heterofl", "fedrolex", "fjord"):
