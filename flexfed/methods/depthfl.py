@@ -123,8 +123,11 @@ def trained_part(task: Task, part: Submodel) -> Submodel:
 
 
 def memory_beside(task: Task, part: Submodel) -> int:
-    """Bytes that FedDyn holds while a part trains: g_m, the part as it came, and its distance from that."""
-    return 3 * part_bytes(task.layout, part) if task.method.feddyn_alpha else 0
+    """Bytes that FedDyn holds while a part trains: g_m, the part as it came, its distance from that, early gradients.
+
+    What g_m holds of tensors that the part does not have comes on top, where a device was stronger once.
+    """
+    return 4 * part_bytes(task.layout, part) if task.method.feddyn_alpha else 0
 
 
 # The loss -----------------------------------------------------------------------------------------------------------
