@@ -11,28 +11,23 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from flexfed.checkpoint import State
-from flexfed.cost import shares
 from flexfed.devices import Device
 from flexfed.exits import depth_keys
 from flexfed.jobs import Assignment, Update
 from flexfed.methods.depthfl import DepthFLConfig, depth_part, memory_beside, named, server_step, stated, trained_part
-from flexfed.methods.heterofl import LEVELS, capacity_level, fixed_levels, parse_shares
 from flexfed.networks import build_on_meta
 from flexfed.submodel import Submodel
 from flexfed.units import Arrays
-from strategies.base import SubmodelStrategy
 from strategies.holdings import Holdings
+from strategies.levels import LevelStrategy
 from strategies.testing import ClientTests
 
 
-class DepthFL(SubmodelStrategy):
+class DepthFL(LevelStrategy):
     """Depths by level, a the deepest; see `flexfed.methods.depthfl`.
 
-    A capacity is a share of the parameters of the network with its classifiers; a `width` says nothing of depths. A
-    device that holds no level gets the shallowest, under `ratio-policy = "budget"` none.
+    A capacity is a share of the parameters of the network with its classifiers; a `width` says nothing of depths.
     """
-
-    _levels: tuple[Mapping[int, Device], dict[str, Submodel]] | None = None  # whose they are, and the levels
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -44,8 +39,6 @@ class DepthFL(SubmodelStrategy):
                 "depthfl.train='deepest' leaves classifiers untrained, which models of the clients' own would need: "
                 "leave personal='none', or train all"
             )
-        if config.assign == "fix":
-            self._shares()  # refuses what cannot be, before round 1
 
     @property
     def _config(self) -> DepthFLConfig:
@@ -54,63 +47,14 @@ class DepthFL(SubmodelStrategy):
 
     # Levels -----------------------------------------------------------------------------------------------------
 
+    @property
+    def parts(self) -> tuple[Submodel, ...]:
+        """Of every level, the deepest first."""
+        return self._parts
+
     @cached_property
     def _parts(self) -> tuple[Submodel, ...]:
-        """Of every level, the deepest first."""
         return tuple(depth_part(self.task, depth) for depth in range(len(depth_keys(self.task.factory)), 0, -1))
-
-    @cached_property
-    def _sizes(self) -> list[float]:
-        return list(shares(self.task.layout, {LEVELS[i]: part for i, part in enumerate(self._parts)}).values())
-
-    def _shares(self) -> tuple[int, ...]:
-        try:
-            return parse_shares(self._config.shares, len(self._parts))
-        except ValueError as error:
-            raise ValueError(f"depthfl.shares: {error}") from error
-
-    @cached_property
-    def _fixed(self) -> np.ndarray:
-        return fixed_levels(self.federation.num_partitions, self._shares())
-
-    def levels(self) -> dict[str, Submodel]:
-        """The levels that devices train, the shallowest first, and always the whole network."""
-        devices = self.federation.devices
-        if self._levels is None or self._levels[0] is not devices:
-            states = [state for device in devices.values() for state in device.states() if self.can_train(state)]
-            used = {self.level_of(state) for state in states} | {0}
-            self._levels = devices, {LEVELS[i]: self._parts[i] for i in sorted(used, reverse=True)}
-        return self._levels[1]
-
-    def level_of(self, device: Device) -> int:
-        """A device's level: by capacity or by fixed shares; less where it cannot bear that."""
-        if self._config.assign == "fix":
-            level = int(self._fixed[device.partition])
-        else:
-            level = capacity_level(device.capacity + 1e-9, self._sizes)
-        borne = (i for i in range(level, len(self._parts)) if self.budget.bears(device, self._parts[i]))
-        return next(borne, len(self._parts) - 1)
-
-    def can_train(self, device: Device) -> bool:
-        """Whether memory and deadline allow the shallowest level, and under a budget its capacity, too."""
-        rule = self.budget.bears if self.settings.ratio_policy == "level" else self.budget.carries
-        return rule(device, self._parts[-1])
-
-    def part_of(self, device: Device, server_round: int) -> Assignment:
-        """The part of the device's level."""
-        level = self.level_of(device)
-        return Assignment(self._parts[level], LEVELS[level])
-
-    def level_for_evaluation(self, device: Device) -> str | None:
-        """The level that it trains, or a shallower one that its memory allows to test."""
-        if not self.can_train(device):
-            return None
-        depths = range(self.level_of(device), len(self._parts))
-        levels = self.levels()
-        return next((LEVELS[i] for i in depths if LEVELS[i] in levels and self._tests(device, i)), None)
-
-    def _tests(self, device: Device, level: int) -> bool:
-        return self.budget.tests(device, self._parts[level])
 
     def memory_beside(self, submodel: Submodel) -> int:
         """What FedDyn holds on the client."""
@@ -133,10 +77,6 @@ class DepthFL(SubmodelStrategy):
         """
         if update.submodel != trained_part(self.task, assignment.submodel):
             raise ValueError("it holds other tensors or units than it was asked to train")
-
-    def weigh(self, update: Update) -> float:
-        """Uniform, or by examples."""
-        return 1.0 if self._config.weights == "uniform" else update.weight
 
     def observe(self, server_round: int, partition: int, update: Update) -> None:
         """Count who held what."""

@@ -81,8 +81,10 @@ class LevelStrategy(SubmodelStrategy):
 
     def can_train(self, device: Device) -> bool:
         """Whether memory and deadline allow its level, and under a budget capacity and width do, too."""
-        rule = self.budget.bears if self.settings.ratio_policy == "level" else self.budget.holds
-        return rule(device, self.parts[self.level_of(device)])
+        level = self.level_of(device)
+        if self.settings.ratio_policy == "level":
+            return self.budget.bears(device, self.parts[level])
+        return self.budget.carries(device, self.parts[level]) and self.is_narrow(device, level)
 
     def part_of(self, device: Device, server_round: int) -> Assignment:
         """The part of its level."""
