@@ -416,7 +416,7 @@ def test_no_client_works_more_than_the_deadline_was_told(ratio: float, distillat
     [
         ("cnn", DIGITS, 16, {"momentum": 0.5}),  # activations weigh most
         ("heterofl-conv", (1, 28, 28), 4, {"momentum": 0.0}),  # weights do
-        ("heterofl-conv", (1, 28, 28), 4, {"optimizer": "adam"}),
+        ("heterofl-resnet18", (3, 8, 8), 4, {"optimizer": "adam"}),
     ],
 )
 def test_memory_is_told_for_both_passes(

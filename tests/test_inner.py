@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from toy import DIGITS, Ties, place, random_units
+from toy import DIGITS, Ties, place, random_units, toy_task
 
 from flexfed.inner import InnerNetwork
+from flexfed.methods.flexfl import Teacher
 from flexfed.models import model_factory
 from flexfed.networks import travelling
 from flexfed.select import prefix_ratio
@@ -140,3 +142,14 @@ def test_it_has_no_weights_and_leaves_the_other_network_alone() -> None:
     inside(held, torch.randn(4, *DIGITS))
     assert all(t.is_meta for t in inside.skeleton.state_dict().values())
     assert all(torch.equal(t, before[n]) for n, t in held.state_dict().items())
+
+
+def test_flexfls_teachers_do_not_drop_out() -> None:
+    layout = numbered("drops")
+    whole, half = prefix_ratio(layout, 1.0), prefix_ratio(layout, 0.5)
+    student = narrow(Drops, extract(layout, whole, first_weights("drops"))).train()
+    teacher = Teacher(replace(toy_task(), factory=Drops, layout=layout), whole, half)
+    inputs = torch.randn(4, *DIGITS)
+    assert torch.equal(teacher(student, inputs), teacher(student, inputs))
+    trained = InnerNetwork(Drops, layout, whole, half)
+    assert not torch.equal(trained(student, inputs), trained(student, inputs))
