@@ -22,6 +22,7 @@ Differences from the released code, the authors' baseline in Flower; where brack
 - 1e-9 is taken off before a width is rounded up (`flexfed.select.kept_units`).
 - Where p_max is no level's (`ratio-policy`), the widths to draw are p_max and the levels below it.
 - A width that rounds to p_max's in every layer is p_max: it teaches itself nothing, and takes no second pass.
+- The loss in the record is the sum of both; there it is the student's alone.
 
 As there, one optimiser holds all of the p_max network: in a batch of a narrower p the entries outside have zero
 gradients, and momentum and weight decay move them all the same. With distillation every entry has a gradient.
