@@ -26,6 +26,7 @@ from toy import (
     same_bits,
     sent_part,
     toy_task,
+    with_difference,
 )
 
 from flexfed.config import Experiment
@@ -120,6 +121,7 @@ def test_replies_of_all_that_was_sent_tell_where_an_entry_dropped_out() -> None:
         out = mask & ~kept
         where = (short.arrays[name] + all_of_it[name])[out]
         assert (np.abs(where) < thresholds[name]).all()
+        assert (np.abs(where) > 1e-5).all(), "as it was then, not the zero that the network has"
         assert (all_of_it[name][out] != 0).all()
         dropped += int(out.sum())
     assert dropped > 10
@@ -141,7 +143,7 @@ def test_what_a_codec_rounds_below_the_threshold_is_not_lost_on_the_way() -> Non
 
 def test_units_train_with_the_factor_of_their_score() -> None:
     """Against a loop that multiplies every row by the formula, with the scores of the moment."""
-    b = bench(replace(HARD, momentum=0.0, weight_decay=0.0, local_epochs=2), mode="units")
+    b = bench(replace(HARD, learning_rate=0.3, momentum=0.0, weight_decay=0.0, local_epochs=2), mode="units")
     names = maskable_tensors(LAYOUT, Ties)
     rng = np.random.default_rng(2)
     size = unit_size(LAYOUT, rng.uniform(0.1, 0.9, LAYOUT.num_units).astype(np.float32), 0.5)
@@ -383,9 +385,11 @@ def test_replies_are_smaller_than_jobs_and_the_mean_counts_their_masks(tmp_path:
 
 def test_with_nonzero_only_changes_count(tmp_path: Path) -> None:
     differences: list[Arrays] = []
+    rng = np.random.default_rng(0)
 
     def listen(request: Message, reply: Message, _: int) -> Message:
         if request.metadata.message_type == "train":
+            reply = with_difference(reply, lambda flat: np.where(rng.random(flat.shape) < 0.5, flat, np.float32(0)))
             update = read_update(reply.content, TASK.layout, Assignment(sent_part(request), ""))
             differences.append(unflatten(TASK.layout, update.submodel, update.difference))
         return reply

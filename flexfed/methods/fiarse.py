@@ -14,7 +14,8 @@ Differences from the released code:
 - They mask the dense model on the client; here the server sends only what is kept, with its threshold. What was sent
   below the threshold (one of `min-per-tensor`, or rounded down by a codec) stays in for the round.
 - Of entries that equal the threshold the first are kept, so that there are exactly floor(s N).
-- The mean: see `coverage`; "nonzero" is theirs.
+- The mean: see `coverage`; "nonzero" is theirs. With "mask" a client has no say in where an entry went that has dropped
+  out: one that everybody moves below the threshold keeps its value on the server. "sent" counts those votes, too.
 - Who trains which size follows the device's capacity: the largest s that is not above it, the smallest for all others.
   Norms and all else that is never masked come on top of s.
 - With one threshold a layer ("layerwise"), each keeps one entry at least.
