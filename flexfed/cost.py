@@ -67,13 +67,14 @@ def forward_macs(factory: Factory, layout: Layout, submodel: Submodel, input_sha
     """Multiply-accumulates of one sample's forward pass, counted by torch on `meta` (it counts two FLOPs for each).
 
     Convolutions and matrix products count; norms, activations and pooling do not, as is usual. Where all of the full
-    network's products are those of its layers, a part's follow from how often each weight is used.
+    network's products are those of its layers, a part's follow from how often each weight is used: a network that ends
+    earlier uses those that it has as often.
     """
     shapes = narrow_shapes(layout, submodel)
-    uses = _weight_uses(factory, tuple(layout.shapes.items()), input_shape) if submodel.keys is None else None
+    uses = _weight_uses(factory, tuple(layout.shapes.items()), input_shape)
     if uses is None:
         return _forward_macs(factory, tuple(shapes.items()), input_shape)
-    return sum(n * math.prod(shapes[name]) for name, n in uses.items())
+    return sum(n * math.prod(shapes[name]) for name, n in uses.items() if name in shapes)
 
 
 class LayerUse(NamedTuple):

@@ -553,6 +553,14 @@ def test_levels_are_those_that_somebody_trains_and_the_largest() -> None:
     assert made.level_for_evaluation(Device(0, capacity=0.5)) == "b"
 
 
+def test_a_job_says_how_much_its_exits_learn_from_the_last_in_this_round() -> None:
+    experiment = Experiment.read({**QUICK, "strategy": "scalefl", "num-server-rounds": 8, "scalefl.gamma": 0.4})
+    made = ScaleFL(experiment, experiment.task(10, DIGITS), load_server(experiment.data))
+    jobs = [made.part_of(Device(0, capacity=0.5), server_round) for server_round in (2, 3)]
+    assert [job.config for job in jobs] == [{"gamma": 0.0}, {"gamma": 0.4}]
+    assert {(job.level, job.submodel) for job in jobs} == {("b", parts_of(task())[1])}
+
+
 @pytest.mark.parametrize(("weights", "expected"), [("uniform", 1.0), ("examples", 30.0)])
 def test_what_a_reply_weighs(weights: str, expected: float) -> None:
     assert (
@@ -700,6 +708,15 @@ def test_the_level_that_is_tested_and_exported_has_the_scaler(weak_fleet: str, t
     for name, size in (("0", 0.3), ("exits.1", 1.0)):  # of a first layer weights grow by 1 / 0.3
         grown = [np.abs(own.arrays[n] / raw[n]) for n in raw if n.startswith(f"{name}.") and n.endswith("weight")]
         assert np.median(np.concatenate([g.reshape(-1) for g in grown])) == pytest.approx(1 / size, rel=0.2)
+
+
+def test_levels_that_were_searched_for_are_trained(tmp_path: Path) -> None:
+    run = run_toy(tmp_path, "scalefl", {"scalefl.budgets": "1.0, 0.5, 0.2", "scalefl.measure": "parameters"})
+    told = json.loads((run / "summary.json").read_text())["scalefl.levels"]
+    assert list(told) == ["a", "b", "c"]
+    assert told["b"]["parameters"] <= 0.5 * told["a"]["parameters"]
+    assert told["c"]["parameters"] <= 0.2 * told["a"]["parameters"]
+    assert lines(run)[0]["dispatched"] == {"a": 1, "b": 1, "c": 2}
 
 
 def test_it_learns(tmp_path: Path) -> None:
