@@ -305,6 +305,13 @@ def test_levels_may_be_dealt() -> None:
     assert made.part_of(weak, 1).level == "c", "dealt more than it bears"
 
 
+def test_the_levels_are_those_of_the_devices_that_are_known_and_can_train() -> None:
+    made = server([Device(0)])
+    assert list(made.levels()) == ["a"]
+    made.federation.devices = {0: Device(0, capacity=0.5), 1: Device(1, memory_bytes=1.0)}
+    assert list(made.levels()) == ["c", "a"]
+
+
 def test_what_cannot_be_dealt_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match=r"depthfl.shares: expected levels a to d, .* got 'e1'"):
         server(assign="fix", shares="a1-e1")
@@ -312,6 +319,24 @@ def test_what_cannot_be_dealt_is_refused_before_anything_runs() -> None:
         server(assign="fix", stages="relu1, relu4")
     with pytest.raises(ValueError, match=r"depthfl\.train='deepest' leaves classifiers untrained"):
         server(train="deepest", personal="stored-local")
+
+
+def test_the_worked_example_in_a_federation_most_of_whose_clients_are_absent() -> None:
+    """D3: ten of a hundred hold the first level, none more; twelve are here."""
+    made = server([Device(p) for p in range(12)])
+    made.federation.num_partitions = 100
+    held = depth_part(made.task, 1)
+    shapes = made.task.layout.shapes
+    previous = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    averaged = {n: np.full_like(a, 1.2) if held.holds(n) else a for n, a in previous.items()}
+    for partition in range(10):
+        made.observe(1, partition, Update(held, np.zeros(0, np.float32), 1.0, {}))
+    model = made.finish(previous, averaged)
+    for name, array in model.items():
+        np.testing.assert_allclose(array, 1.22 if held.holds(name) else 1.0, rtol=1e-6)
+    assert made.state_dict().keys() == {f"feddyn/{name}" for name in shapes if held.holds(name)}
+    np.testing.assert_allclose(made.state_dict()["feddyn/conv1.bias"], -0.002, rtol=1e-5)
+    assert server(feddyn_alpha=0.0).finish(previous, averaged) is averaged
 
 
 @pytest.mark.parametrize("deadline", [0.0, 2.0])
@@ -383,7 +408,8 @@ def test_feddyns_memory_is_counted(depth: int) -> None:
     told = memory_beside(task, part)
     assert told == 4 * part_bytes(task.layout, part)
     assert 0.8 * told < beside <= 1.1 * told, "and a temporary result or two"
-    assert memory_beside(task_of(feddyn_alpha=0.0), part) == 0
+    with_it, without = (server(feddyn_alpha=alpha).budget.memory(part) for alpha in (0.1, 0.0))
+    assert with_it - without == told
 
 
 def test_a_real_device_is_asked_for_that_memory(monkeypatch: pytest.MonkeyPatch) -> None:

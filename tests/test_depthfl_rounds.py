@@ -186,7 +186,10 @@ def test_a_first_round_with_too_few_replies_leaves_nothing(tmp_path: Path) -> No
         **LIGHT,
     }
     found = run_toy(tmp_path, "depthfl", values, alter=fail)
-    assert lines(found)[0]["void"]
+    first, second = lines(found)
+    assert first["void"]
+    assert [told["reason"] for told in first["failed"]] == ["out of memory"] * 2
+    assert first["clients-personal"] == second["clients-personal"] == 4, "none has a model of its own yet: sent one"
     expected.fold(2)
     expected.check(found)
 
