@@ -61,12 +61,14 @@ def _resolutions(model: nn.Module, input_shape: tuple[int, ...]) -> list[tuple[s
 
 
 def _with_weights(model: nn.Module, ran: Sequence[tuple[str, int]]) -> list[str]:
-    """The last modules at each resolution above one place, where weights were used since the one before."""
-    last = {places: name for name, places in ran}  # later ones replace earlier ones
+    """The last modules at each resolution in front of the classifier, where weights were used since the one before."""
+    weights = [any(tensor.dim() > 1 for tensor in model.get_submodule(name).parameters()) for name, _ in ran]
+    classifier = max((position for position, uses in enumerate(weights) if uses), default=0)
+    last = {places: name for name, places in ran[:classifier]}  # later ones replace earlier ones
     stages, has_weights = [], False
-    for name, places in ran:
-        has_weights |= any(tensor.dim() > 1 for tensor in model.get_submodule(name).parameters())
-        if places > 1 and last[places] == name and has_weights:
+    for (name, places), uses in zip(ran[:classifier], weights, strict=False):
+        has_weights |= uses
+        if places and last[places] == name and has_weights:
             stages.append(name)
             has_weights = False
     return stages

@@ -46,8 +46,12 @@ OWN: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
         IMAGENET,
         ("features.transition1.conv", "features.transition2.conv", "features.transition3.conv", "features.norm5"),
     ),
-    "squeezenet1_1": (IMAGENET, ("features.1", "features.4", "features.7", "classifier.2")),
+    "squeezenet1_1": (IMAGENET, ("features.1", "features.4", "features.7", "classifier.0")),
 }
+
+
+def test_a_stage_may_end_in_one_place() -> None:
+    assert own_stages(model_factory("resnet18", 10, IMAGE), IMAGE) == ("layer1", "layer2", "layer3", "avgpool")
 
 
 @pytest.mark.parametrize("name", list(OWN))
