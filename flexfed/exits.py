@@ -123,18 +123,21 @@ def with_exits(
         ensemble: see `ExitNetwork`.
 
     Raises:
-        ValueError: an unknown stage, one that does not run exactly once or not in that order, or a network that
-            cannot be traced; names the module.
+        ValueError: an unknown stage, one that does not run exactly once or not in that order, two whose classifiers
+            would have one name, or a network that cannot be traced; names the module.
     """
     graph = _traced(model, stages)
     nodes = list(_stage_nodes(graph, stages))
     children = _called(model, graph)
+    names = [f"{EXITS}.{stage.replace('.', '_')}" for stage in stages]
+    if double := [name for name in names if name in children or names.count(name) > 1]:
+        raise ValueError(f"{type(model).__name__} has two modules that would be {double[0]!r}; rename one of them")
     found = []
-    for stage, node, head in zip(stages, nodes, heads, strict=True):
-        name = f"{EXITS}.{stage.replace('.', '_')}"
+    for name, node, head in zip(names, nodes, heads, strict=True):
         children[name] = head
-        with graph.inserting_after(node):
-            found.append(graph.call_module(name, (node,)))
+        kept = _kept(graph, children, node)
+        with graph.inserting_after(kept):
+            found.append(graph.call_module(name, (kept,)))
     output = _output(graph)
     output.args = ((*found, output.args[0]),)
     graph.lint()
@@ -207,12 +210,40 @@ class _ToStages(fx.Tracer):
 
 def _traced(model: nn.Module, stages: Sequence[str]) -> fx.Graph:
     refuse_unknown(model, stages)
+    mode = model.training
     try:
-        return _ToStages(stages).trace(model)
+        tested, trained = (_ToStages(stages).trace(model.train(training)) for training in (False, True))
     except Exception as error:  # fx fails in many ways; all of them end here
         raise ValueError(
             f"{type(model).__name__} cannot be traced to its stages ({type(error).__name__}: {error}){WAY_OUT}"
         ) from error
+    finally:
+        model.train(mode)
+    if str(tested) != str(trained):
+        raise ValueError(
+            f"{type(model).__name__} reads in its own code whether it trains, which a trace holds fast; wrap what "
+            "depends on that (functional dropout, say) in a module such as nn.Dropout"
+        )
+    return trained
+
+
+def _kept(graph: fx.Graph, children: Mapping[str, nn.Module], node: fx.Node) -> fx.Node:
+    """What a stage gives, for its classifier: a copy where the network writes into it; the backward pass needs it."""
+    if not any(_writes(children, user) for user in node.users):
+        return node
+    with graph.inserting_after(node):
+        return graph.call_method("clone", (node,))
+
+
+def _writes(children: Mapping[str, nn.Module], node: fx.Node) -> bool:
+    """Whether a call changes its input in place."""
+    if node.op != "call_module":
+        name = str(node.target) if node.op == "call_method" else ""
+        return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+    module = children[str(node.target)]
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return bool(getattr(module, "inplace", False))
 
 
 def _stage_nodes(graph: fx.Graph, stages: Sequence[str]) -> Iterator[fx.Node]:

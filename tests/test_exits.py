@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache, partial
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flexfed.cost import forward_macs, network_on_meta, num_parameters
 from flexfed.exits import ExitNetwork, exit_factory, with_exits
@@ -261,3 +263,56 @@ def test_heads_of_ones_own_may_be_attached() -> None:
     network = with_exits(model, ["relu1"], [head])
     assert network.num_exits == 2
     assert partial(network.until, 1)()(images()).shape == (4, CLASSES)
+
+
+class Writing(Twice):
+    """Writes into what its stage gave; drops out while it trains, by a module or in its own code."""
+
+    def __init__(self, how: str = "module", own_dropout: bool = False) -> None:
+        super().__init__()
+        self.how, self.own_dropout = how, own_dropout
+        self.relu = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True)), nn.Dropout(0.5))
+        self.last = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        writes = {"module": self.relu, "method": Tensor.relu_, "function": partial(functional.relu, inplace=True)}
+        x = self.last(x.relu_() if self.how == "method" else writes[self.how](x))
+        x = functional.dropout(x, training=self.training) if self.own_dropout else x
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("design", list(HEADS))
+@pytest.mark.parametrize("how", ["module", "method", "function"])
+def test_a_classifier_sees_what_its_stage_gave_though_the_network_writes_into_it(how: str, design: str) -> None:
+    torch.manual_seed(0)
+    network = exit_factory(partial(Writing, how), ("body", "last"), design, IMAGE, CLASSES)()
+    assert isinstance(network, ExitNetwork)
+    first, _ = network(images(), every=True)
+    first.sum().backward()
+    assert all(p.grad is not None for n, p in network.named_parameters() if n.startswith(("exits", "body")))
+    with torch.no_grad():
+        torch.testing.assert_close(first, network.get_submodule("exits.body")(network.get_submodule("body")(images())))
+
+
+def test_nothing_is_copied_where_nobody_writes() -> None:
+    for name in STAGED:
+        assert "clone" not in str(built(name)._graph), name
+
+
+def test_a_network_that_asks_itself_whether_it_trains_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Writing reads in its own code whether it trains.*such as nn\.Dropout"):
+        exit_factory(partial(Writing, own_dropout=True), ("body", "last"), "linear", IMAGE, CLASSES)
+    network = exit_factory(Writing, ("body", "last"), "linear", IMAGE, CLASSES)()
+    assert network.training, "in the mode in which it was built"
+    assert torch.equal(network.eval()(images()), network(images()))
+    assert not torch.equal(network.train()(images()), network(images())), "its module still drops out"
+
+
+def test_classifiers_of_one_name_are_refused() -> None:
+    def two() -> nn.Module:
+        layers = OrderedDict(a=nn.Sequential(OrderedDict(b=nn.Conv2d(3, 3, 1))), a_b=nn.Conv2d(3, 3, 1))
+        return nn.Sequential(OrderedDict(**layers, last=nn.Conv2d(3, 3, 1), flat=nn.Flatten(), fc=nn.LazyLinear(2)))
+
+    with pytest.raises(ValueError, match=r"two modules that would be 'exits\.a_b'; rename one"):
+        with_exits(two(), ["a.b", "a_b"], [nn.Flatten(), nn.Flatten()])
