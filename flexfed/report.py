@@ -139,7 +139,7 @@ def final_table(
             devices out that cannot hold the whole model.
         path: the run folder, named in the last line (which may be longer).
     """
-    names = [name for name in quality_metrics(rounds) if name.startswith("accuracy")]
+    names = [name for name in quality_metrics(rounds) if name.startswith(("accuracy", EXIT_PREFIX))]
     size = f" · {summary['parameters']:,} parameters" if "parameters" in summary else ""
     title = f"\n{title_of(summary)} · {summary['rounds']} rounds{size}\n"
     parts = (
@@ -166,7 +166,8 @@ def _ordered(names: Sequence[str]) -> list[str]:
     """The largest model first, then the levels from small to large, the exits of the largest, means over devices."""
     own = level_names(names)
     levels = [f"accuracy-{name}" for name in own]
-    exits = sorted(name for name in names if own and name.startswith(f"{EXIT_PREFIX}{own[-1]}-"))
+    of_largest = (name for name in names if own and name.startswith(f"{EXIT_PREFIX}{own[-1]}-"))
+    exits = sorted(of_largest, key=lambda name: int(name.rpartition("-")[2]))
     known = [name for name in _NAMES if name != "accuracy"]
     by_capability = sorted(n for n in names if n.startswith(f"accuracy-{_PERSONAL}") and n not in known)
     wanted = ["accuracy", *levels, *exits, *known, *by_capability]

@@ -145,6 +145,14 @@ def test_personal_models_are_rows_and_no_levels():
     assert [curve.label for curve in curves(rounds)][:2] == ["level S", "level L"]
 
 
+def test_exits_of_the_largest_level_are_rows_in_the_order_of_depth():
+    exits = {f"exit-accuracy-{level}-{exit}": exit / 100 for level in "LS" for exit in range(1, 12)}
+    rounds = [{**line, **exits} for line in ROUNDS]
+    assert level_names(rounds[0]) == ["S", "L"]
+    rows = [line for line in lines_of(rounds) if " exit " in line]
+    assert rows == [f"level L, exit {n} {n}.0 % {n}.0 % {n}.0 %" for n in range(1, 12)]
+
+
 def test_rows_of_personal_models_follow_the_means():
     lines = lines_of([{**line, **PERSONAL} for line in ROUNDS])
     rows = [line.split(" %")[0].rsplit(" ", 1)[0] for line in lines if line.count(" %") == 3]
