@@ -98,7 +98,7 @@ def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
         metrics=tuple(table.get("metrics", ("accuracy", "accuracy-levels"))),
         rows=rows,
         megabytes=_read_megabytes(path, table.get("megabytes", [])),
-        tuning=read_tuning(path.name, table.get("tune"), seeds, known),
+        tuning=_read_tuning(path, table.get("tune"), seeds, known, rows),
         runs_dir=Path(str(base.get("runs-dir", known.get("runs-dir", "~/.flexfed/runs")))).expanduser(),
     )
 
@@ -134,6 +134,21 @@ def _read_rows(
     return rows
 
 
+def _read_tuning(
+    path: Path,
+    table: Mapping[str, Any] | None,
+    seeds: Sequence[int],
+    known: Mapping[str, Scalar],
+    rows: Mapping[str, Mapping[str, Scalar]],
+) -> Tuning | None:
+    tuning = read_tuning(path, table, seeds, known)
+    if tuning and all(tuning.key in overrides for overrides in rows.values()):
+        raise ValueError(
+            f"{path.name}: [tune] is to choose {tuning.key}, but [base] or every row sets it; leave it out there"
+        )
+    return tuning
+
+
 def _check_row(where: str, overrides: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> None:
     try:
         check_known(overrides, known)
@@ -156,7 +171,7 @@ def suite_runs(suite: Suite, known: Mapping[str, Scalar]) -> list[SuiteRun]:
 def _suite_run(
     suite: Suite, row: str, seed: int, known: Mapping[str, Scalar], tried: Mapping[str, Scalar] | None = None
 ) -> SuiteRun:
-    words = [_slug(row), *(f"{key}={value}" for key, value in (tried or {}).items()), f"seed{seed}"]
+    words = [_slug(row), *(_slug(f"{key}={value}") for key, value in (tried or {}).items()), f"seed{seed}"]
     folder = suite.runs_dir / _slug(suite.name) / "-".join(words)
     overrides = {**suite.rows[row], **(tried or {}), "seed": seed, "runs-dir": str(folder)}
     value = next(iter((tried or {}).values()), None)
@@ -189,7 +204,7 @@ def tuned(suite: Suite, runs: Iterable[SuiteRun]) -> Suite:
     chosen = {row: suite.tuning.best(own) for row, own in tried.items()}
     own_values = {row: {suite.tuning.key: value} for row, value in chosen.items() if value is not None}
     rows = {row: {**overrides, **own_values.get(row, {})} for row, overrides in suite.rows.items()}
-    return replace(suite, rows=rows, tuning=None, notes=(*suite.notes, suite.tuning.note(chosen)))
+    return replace(suite, rows=rows, tuning=None, notes=(*suite.notes, suite.tuning.note(chosen, tried)))
 
 
 # --- what is there ------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ vary most. So every row tries the same few values on a seed of its own, and is t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from flexfed.overrides import Scalar, check_known
+from flexfed.compare import PLACE_KEYS
+from flexfed.overrides import Scalar, check_known, resolve_paths
 from flexfed.runs import Run
 
 _KEYS = ("key", "values", "seed", "metric")
@@ -25,7 +27,8 @@ class Tuning:
         key: of the configuration; rows that set it themselves do not choose.
         values: to choose from.
         seed: of the runs that decide.
-        metric: whose mean of the last ten rounds decides, the highest one; of equal ones the first value's.
+        metric: whose mean of the last ten rounds decides: the highest one, of losses the lowest; of equal ones the
+            first value's.
     """
 
     key: str
@@ -37,47 +40,55 @@ class Tuning:
         """The value whose run was best; None where no run has a number: they diverged, or did not finish."""
         scores = {value: self._score(tried[value]) for value in self.values if value in tried}
         able = [value for value, score in scores.items() if math.isfinite(score)]
-        return max(able, key=scores.__getitem__, default=None)
+        better = min if "loss" in self.metric else max
+        return better(able, key=scores.__getitem__, default=None)
 
     def _score(self, run: Run) -> float:
         score = (run.summary or {}).get("last10", {}).get(self.metric)
         return math.nan if score is None else float(score)
 
-    def note(self, chosen: Mapping[str, Scalar | None]) -> str:
+    def note(self, chosen: Mapping[str, Scalar | None], tried: Mapping[str, Collection[Scalar]]) -> str:
         """What the reader of a table has to know.
 
         Args:
             chosen: row -> its value; None = all of its runs diverged or failed, so that it kept the suite's.
+            tried: row -> the values whose runs finished.
         """
+        lost = [f"{row} {value}" for row in chosen for value in self.values if value not in tried[row]]
+        without = f"; without a finished run: {', '.join(lost)}" if lost else ""
         told = ", ".join(f"{row} {'none' if value is None else value}" for row, value in chosen.items())
         return (
             f"{self.key}: each row's best of {', '.join(map(str, self.values))} by {self.metric} (mean of the last ten "
-            f"rounds) with seed {self.seed}, which is not reported: {told}."
+            f"rounds) with seed {self.seed}, which is not reported: {told}{without}."
         )
 
 
 def read_tuning(
-    where: str, table: Mapping[str, Any] | None, seeds: Iterable[int], known: Mapping[str, Scalar]
+    path: Path, table: Mapping[str, Any] | None, seeds: Iterable[int], known: Mapping[str, Scalar]
 ) -> Tuning | None:
     """The [tune] table of a suite; None where it has none.
 
     Args:
-        where: name of the file, for errors.
+        path: of the suite; relative paths among the values start at its folder.
         table: as it stands there.
         seeds: that the suite reports.
         known: every configuration key with its default.
 
     Raises:
-        ValueError: a key is missing or unknown, there are not two values, or the seed is one that is reported.
+        ValueError: a key is missing or unknown, or one that no run's result depends on, there are not two values, or
+            the seed is one that is reported.
     """
     if table is None:
         return None
+    where = path.name
     missing = [key for key in ("key", "values", "seed") if key not in table]
     if missing or (unknown := table.keys() - set(_KEYS)):
         wrong = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(sorted(unknown))}"
         raise ValueError(f"{where}: [tune] {wrong}; it takes {', '.join(_KEYS)}")
-    values = table["values"]
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(set(values)) < 2:
+    key, values = str(table["key"]), table["values"]
+    if key in {"seed", *PLACE_KEYS}:
+        raise ValueError(f"{where}: [tune] has the key {key!r}: seeds and places are nothing to choose")
+    if not isinstance(values, list) or len(values) < 2 or any(value in values[:i] for i, value in enumerate(values)):
         raise ValueError(f"{where}: values of [tune] must be a list of two or more different ones, got {values!r}")
     if type(table["seed"]) is not int or table["seed"] in seeds:
         raise ValueError(
@@ -85,7 +96,8 @@ def read_tuning(
         )
     for value in values:
         try:
-            check_known({str(table["key"]): value}, known)
+            check_known({key: value}, known)
         except ValueError as error:
             raise ValueError(f"{where}, [tune]: {error}") from error
-    return Tuning(str(table["key"]), tuple(values), table["seed"], str(table.get("metric", "accuracy")))
+    resolved = tuple(resolve_paths({key: value}, path.parent)[key] for value in values)
+    return Tuning(key, resolved, table["seed"], str(table.get("metric", "accuracy")))

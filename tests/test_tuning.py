@@ -97,6 +97,15 @@ def test_a_row_that_never_had_a_number_keeps_the_suites_value(suite: Suite) -> N
         0.1
     }
     assert "exclusive none, flexfl none" in found.notes[0]
+    assert found.notes[0].endswith("; without a finished run: exclusive 0.03, exclusive 0.1, exclusive 0.3.")
+
+
+def test_a_value_whose_run_failed_is_told(suite: Suite) -> None:
+    tries = tuning_runs(suite, KNOWN)
+    for run in tries:
+        if (run.row, run.tried) != ("flexfl", 0.3):
+            finish(run, 0.5)
+    assert tuned(suite, tries).notes[0].endswith("flexfl 0.03; without a finished run: flexfl 0.3.")
 
 
 def test_another_metric_may_decide(tmp_path: Path) -> None:
@@ -104,8 +113,8 @@ def test_another_metric_may_decide(tmp_path: Path) -> None:
     suite = load_suite(tmp_path / "s.toml", KNOWN)
     tries = tuning_runs(suite, KNOWN)
     for run in tries:
-        finish(run, 0.5, loss=float(run.tried or 0))
-    assert {run.config["learning-rate"] for run in suite_runs(tuned(suite, tries), KNOWN)} == {0.3, 0.01}
+        finish(run, 0.5, loss=abs(float(run.tried or 0) - 0.1))
+    assert {run.config["learning-rate"] for run in suite_runs(tuned(suite, tries), KNOWN)} == {0.1, 0.01}, "the lowest"
 
 
 def test_a_metric_that_no_run_has_is_an_error(tmp_path: Path) -> None:
@@ -133,6 +142,14 @@ def test_a_suite_without_it_is_as_it_was(tmp_path: Path) -> None:
         ("seed = 9", 'seed = "9"', "must be a whole number that `seeds` does not hold, got '9'"),
         ("[0.03, 0.1, 0.3]", "[0.1]", r"a list of two or more different ones, got \[0\.1\]"),
         ("[0.03, 0.1, 0.3]", '"0.1, 0.3"', "a list of two or more different ones"),
+        ("[0.03, 0.1, 0.3]", "[[0.1], [0.1]]", "a list of two or more different ones"),
+        (
+            'key = "learning-rate"',
+            'key = "seed"',
+            r"s\.toml: \[tune\] has the key 'seed': seeds and places are nothing",
+        ),
+        ('key = "learning-rate"', 'key = "runs-dir"', "has the key 'runs-dir'"),
+        ('runs-dir = "runs"', "learning-rate = 0.1", r"s\.toml: \[tune\] is to choose learning-rate, but \[base\]"),
         ('key = "learning-rate"', 'key = "learning-rat"', r"s\.toml, \[tune\]: unknown configuration key"),
     ],
 )
@@ -140,6 +157,18 @@ def test_mistakes_are_named(old: str, new: str, says: str, tmp_path: Path) -> No
     (tmp_path / "s.toml").write_text(SUITE.replace(old, new))
     with pytest.raises(ValueError, match=says):
         load_suite(tmp_path / "s.toml", KNOWN)
+
+
+def test_values_may_be_paths(tmp_path: Path) -> None:
+    text = SUITE.replace('key = "learning-rate"', 'key = "fleet"').replace(
+        "[0.03, 0.1, 0.3]", '["fleets/a.toml", "b.toml"]'
+    )
+    (tmp_path / "s.toml").write_text(text)
+    known = {**KNOWN, "fleet": ""}
+    tries = tuning_runs(load_suite(tmp_path / "s.toml", known), known)
+    assert [run.config["fleet"] for run in tries[::3]] == [str(tmp_path / "fleets/a.toml"), str(tmp_path / "b.toml")]
+    assert {run.folder.parent for run in tries} == {tmp_path / "runs/tuned"}
+    assert len({run.folder for run in tries}) == len(tries) == 6
 
 
 CHILD = """
