@@ -158,12 +158,13 @@ def test_one_exit_has_plain_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("after", "num_rounds", "first"), [(0.25, 8, 3), (0.25, 10, 3), (0.25, 1, 1), (0.0, 5, 1), (0.5, 4, 3), (1.0, 6, 7)]
+    ("after", "num_rounds", "first"),
+    [(0.25, 8, 3), (0.25, 10, 3), (0.25, 1, 1), (0.0, 5, 1), (0.5, 4, 3), (1.0, 6, 7), (0.58, 50, 30)],
 )
 def test_distillation_begins_after_a_share_of_the_rounds(after: float, num_rounds: int, first: int) -> None:
     config = ScaleFLConfig(distill_after=after, gamma=0.3)
-    found = [gamma_in(config, server_round, num_rounds) for server_round in range(1, 8)]
-    assert found == [0.3 if server_round >= first else 0.0 for server_round in range(1, 8)]
+    found = [gamma_in(config, server_round, num_rounds) for server_round in range(1, 31)]
+    assert found == [0.3 if server_round >= first else 0.0 for server_round in range(1, 31)]
 
 
 # --- configuration ------------------------------------------------------------------------------------------------
@@ -414,6 +415,16 @@ def test_units_of_no_level_are_refused() -> None:
         width_of(task(), part_of_level(task().factory, task().layout, Level(0.5, 1)))
     searched = task(budgets="1.0, 0.1")
     assert width_of(searched, part_of_level(task().factory, task().layout, Level(0.5, 1))) == 0.5
+
+
+@pytest.mark.parametrize("how", ["nested", "free"])
+def test_widths_that_keep_the_same_units_are_one(how: str) -> None:
+    made = bare(budgets="0.9, 0.6, 0.3", grid=64, search=how)
+    for level in levels_of(made):
+        part = part_of_level(made.factory, made.layout, level)
+        assert width_of(made, part) == level.width, "what it is divided by is what the run tells of it"
+    with pytest.raises(ValueError, match="no levels of the grid, each inside the one before"):
+        levels_of(bare(budgets="0.006, 0.0059, 0.0058", grid=64))  # three widths, of one unit a layer each
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from flexfed.models.heads import HEADS
 from flexfed.networks import Factory, build_on_meta
 from flexfed.scaler import divide_outputs, divide_weights
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, full
+from flexfed.submodel import Submodel, full, narrow_shapes
 from flexfed.units import Arrays, out_axis
 
 if TYPE_CHECKING:
@@ -179,8 +179,11 @@ def levels_of(task: Task) -> tuple[Level, ...]:
 
 
 def _grid_costs(task: Task, levels: Sequence[Level]) -> dict[Level, float]:
-    """Cost of each level as a share of the full network's, all exits of either counted."""
-    parts = {level: part_of_level(task.factory, task.layout, level) for level in levels}
+    """Cost of each level as a share of the full network's, all exits of either counted; of equal parts the widest."""
+    made = {level: part_of_level(task.factory, task.layout, level) for level in levels}
+    shapes = {level: tuple(narrow_shapes(task.layout, part).items()) for level, part in made.items()}
+    widest = {shapes[level]: level for level in reversed(levels)}  # as `width_of` finds it
+    parts = {level: made[level] for level in widest.values()}
     measures: dict[str, Callable[[Submodel], int]] = {
         "macs": task.macs,
         "parameters": lambda part: num_parameters(task.layout, part),
@@ -262,7 +265,7 @@ def _divergence(teacher: Tensor, student: Tensor, temperature: float, distillati
 
 def gamma_in(config: ScaleFLConfig, server_round: int, num_rounds: int) -> float:
     """Weight of the distillation in a round, counted from 1, of all that the run is to have now."""
-    return config.gamma if server_round > config.distill_after * num_rounds else 0.0
+    return config.gamma if server_round > config.distill_after * num_rounds + 1e-9 else 0.0
 
 
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
