@@ -412,6 +412,21 @@ def test_feddyns_memory_is_counted(depth: int) -> None:
     assert with_it - without == told
 
 
+def test_g_m_is_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, places = task_of(), set[tuple[str, int]]()
+
+    def watched(model: Any, start: Any, own: dict[str, Tensor], alpha: float) -> Tensor:
+        places.update((name, tensor.data_ptr()) for name, tensor in own.items())
+        return dynamic_term(model, start, own, alpha)
+
+    monkeypatch.setattr("flexfed.methods.depthfl.dynamic_term", watched)
+    given = job(task, 2, state=given_state(task))
+    kept = {name: array.copy() for name, array in given.state.items()}
+    local_update(given, task, samples())
+    assert places == {(n, given.state[f"feddyn/{n}"].ctypes.data) for n in depth_keys(task.factory)[1]}
+    assert all(array.tobytes() == kept[name].tobytes() for name, array in given.state.items()), "it is only read"
+
+
 def test_a_real_device_is_asked_for_that_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     task, made = task_of(), job()
     need = task.memory_to_train(made.submodel) + memory_beside(task, made.submodel)

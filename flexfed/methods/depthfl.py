@@ -247,7 +247,8 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     start = {n: p.detach().clone() for n, p in model.named_parameters()} if alpha else {}
     own = named(job.state) if alpha else {}
-    pulls = {name: torch.from_numpy(own[name].copy()) for name in learned if name in own}
+    # On the same memory: no second g_m, which `memory_beside` does not count.
+    pulls = {name: torch.from_numpy(own[name]) for name in learned if name in own}
     weight = consistency_weight(job.server_round - 1, config.ramp_rounds) if config.distillation else 0.0
 
     def loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
