@@ -13,7 +13,7 @@ import torch
 from flexfed.devices import Device
 from flexfed.jobs import Assignment, Scalar, Update
 from flexfed.methods.fedlps_scores import Rows
-from flexfed.methods.fiarse import FIARSEConfig, changed_entries
+from flexfed.methods.fiarse import FIARSEConfig, changed_entries, memory_beside
 from flexfed.methods.fiarse_masks import (
     Size,
     entry_size,
@@ -111,9 +111,12 @@ class FIARSE(SubmodelStrategy):
         return self._shares[name] <= device.capacity + 1e-9 and narrow and self.budget.bears(device, part)
 
     def can_train(self, device: Device) -> bool:
-        """Whether memory and deadline allow the smallest size, which everybody gets; under a budget capacity, too."""
+        """Whether memory and deadline allow the size that it gets; under a budget capacity, too.
+
+        The smallest may ask for more memory than the largest: masks take some, and everything has none.
+        """
         rule = self.budget.bears if self.settings.ratio_policy == "level" else self.budget.holds
-        return rule(device, next(iter(self.levels().values())))
+        return rule(device, self.levels()[self.level_of(device)])
 
     def part_of(self, device: Device, server_round: int) -> Assignment:
         """The part of its size, with the thresholds that its training needs."""
@@ -121,6 +124,10 @@ class FIARSE(SubmodelStrategy):
         size = self._sizes()[level]
         told: Mapping[str, Scalar] = {"thresholds": list(size.thresholds.values())} if size.thresholds else {}
         return Assignment(size.submodel, level, told)
+
+    def memory_beside(self, submodel: Submodel) -> int:
+        """What its masks take in training."""
+        return memory_beside(self.task, submodel)
 
     def bytes_beside(self) -> int:
         """The thresholds."""

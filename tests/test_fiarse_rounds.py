@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,14 +31,18 @@ from toy import (
     with_difference,
 )
 
+from benchmarks.measuring import in_child
+from benchmarks.memory import can_measure_growth, growth_of
+from benchmarks.speed import ONE_THREAD
+from flexfed import jobs
 from flexfed.config import Experiment
 from flexfed.cost import num_parameters
 from flexfed.data import ClientData, load_server
 from flexfed.devices import Device
 from flexfed.flower.messages import encoded, job_content, num_bytes, read_job, read_update, update_content
-from flexfed.jobs import Assignment, Job, Task, Update
+from flexfed.jobs import Assignment, Job, Task, Update, initial_arrays
 from flexfed.methods import fedavg, fiarse
-from flexfed.methods.fiarse import FIARSEConfig, thresholds_of
+from flexfed.methods.fiarse import FIARSEConfig, memory_beside, thresholds_of
 from flexfed.methods.fiarse_masks import entry_size, maskable_tensors, unit_size
 from flexfed.submodel import Submodel, extract, flatten, full, masks_within, narrow_shapes, pack, unflatten, unpack
 from flexfed.training import Samples, Training, fit
@@ -183,6 +189,52 @@ def test_units_train_with_the_factor_of_their_score() -> None:
     assert update.metrics["macs"] < 3 * b.task.macs(full(LAYOUT)) * 2 * 32, "narrow networks compute less"
 
 
+def test_masks_take_memory_and_a_device_without_room_for_them_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    b = bench()
+    part, thresholds = b.masked(0.9)
+    plain, beside = b.task.memory_to_train(part), memory_beside(b.task, part)
+    assert 0 < memory_beside(b.task, b.masked(0.2)[0]) < beside
+    assert memory_beside(b.task, full(LAYOUT)) == 0
+    for size, (free, refuses) in (
+        (0.9, (plain + beside - 1, True)),
+        (0.9, (plain + beside, False)),
+        (1, (plain, False)),
+    ):
+        monkeypatch.setattr(jobs, "free_memory", lambda free=free: free)
+        told = b.job(part, thresholds) if size < 1 else b.job(full(LAYOUT))
+        job = replace(told, device=Device(0, memory_bytes=1e12, measure_memory=True))
+        if refuses:
+            with pytest.raises(RuntimeError, match="out of memory: the part needs"):
+                b.train(job)
+        else:
+            b.train(job)
+
+
+def growth_of_masked_training(size: float, coverage: str) -> tuple[int, int]:
+    """How much memory a client takes with the part in hand, and what it was told; call it in a fresh process."""
+    values = {"strategy": "fiarse", "model": "resnet18", "momentum": 0.0, "weight-decay": 0.0, "local-epochs": 1}
+    task = Experiment.read({**values, "fiarse.coverage": coverage}).task(10, (3, 32, 32))
+    arrays = initial_arrays(task, "", 1)
+    masks, thresholds = entry_size({n: arrays[n] for n in maskable_tensors(task.layout, task.factory)}, size)
+    part = Submodel(full(task.layout).units, masks=masks)
+    told: Any = {"thresholds": list(thresholds.values())}
+    job = Job(part, extract(task.layout, part, arrays), Device(0), told, 5, 1)
+    samples = Samples(torch.randn(48, 3, 32, 32), torch.arange(48) % 10)
+    data = ClientData(samples, samples, samples, tuple(range(10)), None)  # type: ignore[arg-type]
+    need = task.memory_to_train(part) + memory_beside(task, part)
+    task.macs(part)
+    return growth_of(lambda: fiarse.local_update(job, task, data)), need
+
+
+@pytest.mark.skipif(not can_measure_growth(), reason="only Linux tells the highest resident memory of a process")
+@pytest.mark.parametrize(("size", "coverage"), [(0.9, "mask"), (0.9, "sent"), (0.25, "mask")])
+@pytest.mark.slow
+def test_the_budget_covers_masked_training(size: float, coverage: str) -> None:
+    with patch.dict(os.environ, ONE_THREAD):
+        growth, need = in_child(growth_of_masked_training, size, coverage)
+    assert need / 3 < growth <= need
+
+
 def test_a_job_tells_a_threshold_for_each_tensor() -> None:
     b = bench()
     part, thresholds = b.masked(0.5)
@@ -299,6 +351,16 @@ def test_memory_and_deadline_are_those_of_what_computes() -> None:
     assert need["b"] < need["a"]
     assert narrow.level_of(Device(0, memory_bytes=need["a"] - 1)) == "b"
     assert not narrow.can_train(Device(0, memory_bytes=need["b"] - 1))
+
+
+def test_a_device_that_has_no_memory_for_masks_may_train_everything() -> None:
+    made = server({"batch-size": 2, "momentum": 0.0, "weight-decay": 0.0}, sizes="1.0, 0.95")
+    need = {name: made.budget.memory(part) for name, part in made.levels().items()}
+    assert need["b"] > need["a"]
+    for capacity, level in ((1.0, "a"), (0.95, None)):
+        device = Device(0, capacity=capacity, memory_bytes=need["a"])
+        assert made.can_train(device) == (level is not None)
+        assert level is None or made.part_of(device, 1).level == level
 
 
 def test_units_respect_a_width_and_masks_have_none() -> None:

@@ -28,6 +28,7 @@ score of their unit in place of |w|, but units do not drop out within a round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -37,11 +38,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexfed.cost import BYTES_PER_NUMBER, memory_budget, training_memory
 from flexfed.jobs import Job, Part, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.fedlps_scores import Rows
 from flexfed.methods.fiarse_masks import Least, Scope, gradient_factor, maskable_tensors, unit_scores
 from flexfed.methods.heterofl import LEVELS
-from flexfed.submodel import Submodel, split_flat, unflatten
+from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes, split_flat, unflatten
 from flexfed.units import Arrays, Layout
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ class _Masked:
         self._flat = parameter.detach().view(-1)
         self._shape = parameter.shape
         self._threshold = threshold
-        self._kept = torch.from_numpy(mask.reshape(-1).nonzero()[0])
+        self._kept = torch.from_numpy(np.flatnonzero(mask).astype(np.int32))
         self._stays = self._flat[self._kept].abs() < threshold  # sent although it is below: stays for the round
         self._left = self._kept[:0]  # entries that have dropped out, and their values then
         self._values = self._flat[:0]
@@ -127,10 +129,11 @@ class _Masked:
     def shrink(self) -> None:
         """Entries that a step has moved below the threshold drop out; momentum moves none that has."""
         self._flat[self._left] = 0.0
-        out = (self._flat[self._kept].abs() < self._threshold) & ~self._stays
+        values = self._flat[self._kept]
+        out = (values.abs() < self._threshold) & ~self._stays
         if out.any():
             self._left = torch.cat([self._left, self._kept[out]])
-            self._values = torch.cat([self._values, self._flat[self._kept[out]]])
+            self._values = torch.cat([self._values, values[out]])
             self._flat[self._kept[out]] = 0.0
             self._kept, self._stays = self._kept[~out], self._stays[~out]
 
@@ -233,9 +236,26 @@ def thresholds_of(job: Job, names: tuple[str, ...]) -> dict[str, float]:
     return {name: float(cast(float, theta)) for name, theta in zip(names, told, strict=True)}
 
 
+def memory_beside(task: Task, submodel: Submodel) -> int:
+    """Bytes that must be free for the masks, beside those for training the network itself; at most.
+
+    Of every kept entry its place is known, and whether it must stay, or where it was when it dropped out: 8 bytes.
+    While a tensor's gradient passes, further vectors of its kept entries stand there; after training the reply does,
+    three times, beside what the network is then.
+    """
+    if not submodel.masks:
+        return 0
+    kept = [int(np.count_nonzero(mask)) for mask in submodel.masks.values()]
+    passing = max(32 * num + 4 * mask.size for num, mask in zip(kept, submodel.masks.values(), strict=True))
+    plain = training_memory(task.factory, task.layout, submodel, task.input_shape, task.training)
+    whole = BYTES_PER_NUMBER * sum(map(math.prod, narrow_shapes(task.layout, submodel).values()))
+    after = (1 if task.method.coverage == "mask" else 2) * whole + 9 * sum(kept)
+    return memory_budget(8 * sum(kept) + max(plain + passing, after)) - memory_budget(plain)
+
+
 def local_update(job: Job, task: Task, data: ClientData) -> Update:
     """Train what was sent; entries that fall below their threshold drop out, and are not sent back."""
-    require_memory(job.device, job.submodel, task.memory_to_train)
+    require_memory(job.device, job.submodel, lambda part: task.memory_to_train(part) + memory_beside(task, part))
     model, weight = task.network(job.arrays), float(len(data.train.labels))
     if job.submodel.masks:
         return _masked_update(job, task, data, model, weight)
@@ -250,7 +270,19 @@ def _masked_update(job: Job, task: Task, data: ClientData, model: nn.Module, wei
     names = tuple(name for name in task.layout.shapes if name in job.submodel.masks)
     entries = EntryMasks(model, job.submodel.masks, thresholds_of(job, names))
     trained = train_network(model, job, task, data.train, step=entries.step)
+    if task.method.coverage == "mask":
+        update = make_update(job, task, job.submodel, job.arrays, trained, weight)
+        return _kept_to_the_end(task.layout, update, entries.masks())
     whole = trained._replace(arrays={**trained.arrays, **entries.values()})
-    kept = replace(job.submodel, masks=entries.masks()) if task.method.coverage == "mask" else job.submodel
-    update = make_update(job, task, job.submodel, job.arrays, whole, weight, reported=kept)
+    update = make_update(job, task, job.submodel, job.arrays, whole, weight)
     return replace(update, trained=Part(job.submodel, trained.arrays))
+
+
+def _kept_to_the_end(layout: Layout, update: Update, masks: Arrays) -> Update:
+    """Of an update the entries that no step has dropped; what is not masked is all there."""
+    sent = update.submodel
+    bits = [
+        masks[name][sent.masks[name]] if name in masks else np.ones(size, dtype=bool)
+        for name, size in narrow_sizes(layout, sent).items()
+    ]
+    return replace(update, submodel=replace(sent, masks=masks), difference=update.difference[np.concatenate(bits)])

@@ -67,8 +67,8 @@ def gradient_factor(scores: Tensor, threshold: float | Tensor) -> Tensor:
         scores: |w| of entries that are kept, or the scores of units.
         threshold: theta >= 0, one or of the same shape.
     """
-    bottom = (scores + threshold).square()
-    return torch.where(bottom > 0, 2 * threshold * scores / bottom, torch.zeros_like(scores)) + 1
+    bottom = (scores + threshold).square_()
+    return (2 * threshold * scores).div_(bottom).masked_fill_(bottom == 0, 0).add_(1)
 
 
 # Single entries ---------------------------------------------------------------------------------------------
