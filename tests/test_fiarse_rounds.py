@@ -36,7 +36,7 @@ from benchmarks.memory import can_measure_growth, growth_of
 from benchmarks.speed import ONE_THREAD
 from flexfed import jobs
 from flexfed.config import Experiment
-from flexfed.cost import num_parameters
+from flexfed.cost import decoded_bytes, message_bytes, num_parameters
 from flexfed.data import ClientData, load_server
 from flexfed.devices import Device
 from flexfed.flower.messages import encoded, job_content, num_bytes, read_job, read_update, update_content
@@ -288,6 +288,14 @@ def test_a_mask_that_is_not_of_what_was_sent_is_refused() -> None:
         unpack(LAYOUT, {**packed, "kept:fc.weight": b"\xff" * len(kept)}, part)
 
 
+def test_a_mask_of_other_units_is_not_within() -> None:
+    part = bench().masked(0.5)[0]
+    units = part.units.copy()
+    units[0] = False
+    assert masks_within(part, part)
+    assert not masks_within(replace(part, units=units), part)
+
+
 @pytest.mark.parametrize("size", [0.5, 1 / 16])
 def test_law_7_with_bits_of_what_is_kept_only(size: float) -> None:
     b = bench()
@@ -351,6 +359,21 @@ def test_memory_and_deadline_are_those_of_what_computes() -> None:
     assert need["b"] < need["a"]
     assert narrow.level_of(Device(0, memory_bytes=need["a"] - 1)) == "b"
     assert not narrow.can_train(Device(0, memory_bytes=need["b"] - 1))
+
+
+def test_memory_is_that_of_the_job_of_its_thresholds_and_of_its_masks() -> None:
+    made = server()
+    for part in made.levels().values():
+        received = message_bytes(TASK.layout, part) + decoded_bytes(TASK.layout, part)
+        thresholds = 2 * 8 * len(made.levels()["b"].masks)
+        training = made.task.memory_to_train(part) + memory_beside(made.task, part)
+        assert made.budget.memory(part) == received + thresholds + training
+
+
+def test_a_device_tests_no_larger_size_than_it_trains() -> None:
+    made = server()
+    for capacity, level in ((1.0, "a"), (0.25, "b"), (0.1, "c"), (0.001, "d")):
+        assert made.level_for_evaluation(Device(0, capacity=capacity)) == level
 
 
 def test_a_device_that_has_no_memory_for_masks_may_train_everything() -> None:

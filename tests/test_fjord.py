@@ -21,7 +21,7 @@ from flexfed import jobs
 from flexfed.averaging import Averager
 from flexfed.checkpoint import Checkpoint, load_checkpoint
 from flexfed.config import Experiment
-from flexfed.cost import BUDGET_BYTES, BUDGET_FACTOR
+from flexfed.cost import BUDGET_BYTES, BUDGET_FACTOR, message_bytes
 from flexfed.data import ClientData, DataConfig, load_client, load_server
 from flexfed.devices import Device
 from flexfed.flower.messages import read_update
@@ -440,6 +440,15 @@ def test_memory_is_told_for_both_passes(
     )
     told = (task.memory_to_train(part) + memory_beside(task, part) - BUDGET_BYTES) / BUDGET_FACTOR
     assert 0.99 * peak - 60_000 <= told <= 1.35 * peak, told / peak
+
+
+def test_the_server_counts_both_passes() -> None:
+    made = server({0: Device(0)}, **{"batch-size": 16})
+    assert memory_beside(made.task, made.levels()["a"]) > 0
+    for part in made.levels().values():
+        message = message_bytes(made.task.layout, part)
+        training = made.task.memory_to_train(part) + memory_beside(made.task, part)
+        assert made.budget.memory(part) == message + training
 
 
 def test_without_a_student_nothing_is_beside() -> None:
