@@ -205,7 +205,7 @@ def test_where_nothing_would_be_empty_the_least_changes_nothing() -> None:
         assert keep_with(scores, k, wanted).threshold == keep_largest(scores, k).threshold
     least = np.array([False, False, True, False, False, False])
     assert keep_with(scores, 1, least) == (pytest.approx(0.1), pytest.approx(least))
-    with pytest.raises(ValueError, match="2 entries must stay, but only 1 may"):
+    with pytest.raises(ValueError, match="2 entries must stay, but only 1 may; leave that size out, or let"):
         keep_with(scores, 1, wanted)
 
 

@@ -103,7 +103,9 @@ def keep_with(scores: np.ndarray, k: int, wanted: np.ndarray) -> Kept:
     """
     plain, num = keep_largest(scores, k), int(np.count_nonzero(wanted))
     if num > k:
-        raise ValueError(f"{num} entries must stay, but only {k} may")
+        raise ValueError(
+            f"{num} entries must stay, but only {k} may; leave that size out, or let min-per-tensor ask for less"
+        )
     if plain.mask[wanted].all():
         return plain
     if num == k:
