@@ -324,20 +324,21 @@ def random_claim(v: Victim, rng: np.random.Generator) -> dict[str, Any] | None:
 
 def another_clients_part(v: Victim, rng: np.random.Generator) -> dict[str, Any] | None:
     """What another client was asked for, where that is not this one's as well."""
-    other = pick(rng, v.others) if v.others else None
-    if other is None:
+    theirs = [other for other in v.others if _is_anothers(v, other)]
+    if not theirs:
         return None
-    packed = dict(other["submodel"])
+    return {name: type(record)(dict(record)) for name, record in pick(rng, theirs).items()}
+
+
+def _is_anothers(v: Victim, other: RecordDict) -> bool:
     try:
-        theirs = unpack(v.layout, packed)  # type: ignore[arg-type]
+        held = unpack(v.layout, dict(other["submodel"]))  # type: ignore[arg-type]
     except ValueError:  # masks that both know
-        return None
-    inside = not (theirs.units & ~v.asked.submodel.units).any()
+        return False
     hidden = ~v.layout.fixed_units
-    same = (theirs.units[hidden] == v.asked.submodel.units[hidden]).all()
-    if same or (inside and v.chooses):
-        return None
-    return {name: type(record)(dict(record)) for name, record in other.items()}  # type: ignore[arg-type]
+    same = (held.units[hidden] == v.asked.submodel.units[hidden]).all()
+    inside = not (held.units & ~v.asked.submodel.units).any()
+    return not same and not (inside and v.chooses)
 
 
 def damaged_bits(v: Victim, rng: np.random.Generator) -> dict[str, Any]:

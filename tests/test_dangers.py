@@ -72,7 +72,7 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ),
     ("flexfed/flower/inflating.py", "json.loads"): (1, "a client's list of chunks, as Flower itself reads it; counted"),
     ("flexfed/checkpoint.py", "json.loads"): (2, OURS),
-    ("flexfed/export.py", "json.loads"): (3, OURS),
+    ("flexfed/export.py", "json.loads"): (4, OURS),
     ("flexfed/launch.py", "json.loads"): (1, "what the user's own `flwr` prints"),
     ("flexfed/runs.py", "json.loads"): (1, OURS),
     ("flexfed/suites.py", "json.loads"): (1, OURS),

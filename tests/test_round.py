@@ -511,8 +511,8 @@ def test_few_parts_are_held_where_every_client_has_its_own(tmp_path: Path, monke
     held: list[int] = []
     part = strategies.base.SubmodelStrategy.part
 
-    def counted(self: Any, parts: strategies.base.Parts, assignment: Assignment) -> dict[str, Array]:
-        found = part(self, parts, assignment)
+    def counted(self: Any, parts: strategies.base.Parts, assignment: Assignment, **how: Any) -> dict[str, Array]:
+        found = part(self, parts, assignment, **how)
         held.append(len(parts))
         assert parts[assignment.submodel.key, assignment.codec] is found
         return found
