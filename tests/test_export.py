@@ -31,6 +31,7 @@ from flexfed.checkpoint import load_checkpoint, save_checkpoint
 from flexfed.codecs import quantise
 from flexfed.data import DataConfig, load_server, normalise
 from flexfed.evaluation import with_statistics
+from flexfed.exits import depth_keys, exit_factory
 from flexfed.export import export_level, exported_facts, file_stem, load_exported, plain_network, to_onnx
 from flexfed.levels import overview_of_run, read_levels
 from flexfed.models import model_factory
@@ -380,6 +381,22 @@ def test_other_networks_can_be_onnx_too(name: str, shape: tuple[int, ...]) -> No
         for layer, n in norm_widths(narrow(factory, part)).items()
     }
     assert found
+    network = plain_network(factory, with_statistics(part, found))
+    assert onnx_differs_by(to_onnx(network, shape, {}), network, shape) < 1e-4
+
+
+@needs_onnx
+@pytest.mark.parametrize("ensemble", [True, False])
+def test_networks_that_end_at_an_exit_can_be_onnx_too(ensemble: bool) -> None:
+    """Of those whose classifiers predict together, the file has the mean."""
+    shape = (1, 8, 8)
+    factory = exit_factory(model_factory("cnn", 10, shape), ("relu1", "relu2", "relu3"), "depthfl", shape, 10, ensemble)
+    torch.manual_seed(0)
+    arrays = {key: tensor.detach().numpy() for key, tensor in travelling(factory()).items()}
+    part = {name: arrays[name] for name in depth_keys(factory)[1]}
+    found = {
+        n: (np.zeros(k, np.float32), np.ones(k, np.float32)) for n, k in norm_widths(narrow(factory, part)).items()
+    }
     network = plain_network(factory, with_statistics(part, found))
     assert onnx_differs_by(to_onnx(network, shape, {}), network, shape) < 1e-4
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from toy import DIGITS, QUICK, lines, run_toy, sent_part, toy_task
 
+from flexfed.batchnorm import collect_sums, statistics
 from flexfed.checkpoint import load_checkpoint
 from flexfed.client_state import load_state
 from flexfed.config import Experiment
@@ -719,6 +720,22 @@ def test_the_level_that_is_tested_and_exported_has_the_scaler(weak_fleet: str, t
     for name, size in (("0", 0.3), ("exits.1", 1.0)):  # of a first layer weights grow by 1 / 0.3
         grown = [np.abs(own.arrays[n] / raw[n]) for n in raw if n.startswith(f"{name}.") and n.endswith("weight")]
         assert np.median(np.concatenate([g.reshape(-1) for g in grown])) == pytest.approx(1 / size, rel=0.2)
+
+
+def test_batch_norm_s_statistics_are_those_of_divided_activations(tmp_path: Path) -> None:
+    run = run_toy(tmp_path, "scalefl", {"scalefl.assign": "fix"})
+    stood, made, folder = load_checkpoint(run / "checkpoint"), task(), tmp_path / "out"
+    assert stood is not None
+    facts = export_level(run, "c", folder, with_onnx=False).facts
+    mean, std = (tuple(json.loads(facts[key])) for key in ("input-mean", "input-std"))
+    proxy = normalise(load_server(DataConfig()).proxy, mean, std)
+    model = made.network(extract(made.layout, parts_of(made)[2], stood.arrays))
+    with divide_outputs(model, 0.7, scaled_layers(made)):
+        found = statistics(collect_sums(model, (batch.inputs for batch in batches(proxy, 128)), "pooled"))
+    assert found.keys() == stood.statistics["c"].keys()
+    for layer, moments in found.items():
+        for own, expected in zip(stood.statistics["c"][layer], moments, strict=True):
+            np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-5, err_msg=layer)
 
 
 def test_levels_that_were_searched_for_are_trained(tmp_path: Path) -> None:
