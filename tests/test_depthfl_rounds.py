@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,10 +152,12 @@ def test_a_reply_that_was_refused_or_failed_moves_neither_h_nor_its_clients_g(tm
 @pytest.mark.parametrize("personal", ["none", "stored-local"])
 def test_a_round_with_too_few_replies_moves_neither_of_them(personal: str, tmp_path: Path) -> None:
     """Replies of round 2 were valid, and yet do not count: their clients go on from round 1."""
-    expected = reference(4)
+    expected, stored = reference(4), Counter[str]()
 
     def fail(request: Message, reply: Message, partition: int) -> Message:
         expected.listen(request, reply, partition)
+        if request.metadata.message_type == "evaluate" and "arrays" not in request.content:
+            stored[request.metadata.group_id] += 1
         void = request.metadata.message_type == "train" and request.metadata.group_id == "2" and partition > 1
         return failure(request) if void else reply
 
@@ -163,6 +166,7 @@ def test_a_round_with_too_few_replies_moves_neither_of_them(personal: str, tmp_p
     assert [line.get("void", False) for line in lines(found)] == [False, True, False]
     if personal == "stored-local":
         assert [line["clients-personal"] for line in lines(found)] == [4, 4, 4]
+        assert stored["2"], "those that can hold it test what they kept of round 1"
         assert [told for told in lines(found)[1]["failed"] if "evaluation" in told["reason"]] == []
     expected.fold(1)
     expected.fold(3)
