@@ -215,6 +215,20 @@ def test_law_9_feddyns_states_survive_a_kill_bit_for_bit(case: str, tmp_path: Pa
         assert newest.read_bytes() == (left / "clients" / folder.name / newest.name).read_bytes()
 
 
+def test_law_9_a_run_that_goes_on_knows_how_deep_its_clients_own_models_are(tmp_path: Path) -> None:
+    """One client trains in each round; those that rest test what they trained before the kill."""
+    values = {"strategy": "depthfl", "personal": "stored-local", "fleet": "skewed", "fraction-train": 0.2, **LIGHT}
+    never = run(tmp_path / "never", values)
+    left = killed_run(tmp_path / "killed", values, "after it", 2)
+    stood = load_checkpoint(left / "checkpoint")
+    assert stood is not None
+    owners, depth = stood.state["personal/partitions"].tolist(), stood.state["personal/depth"].tolist()
+    kept = {p: stood.state["personal/depths"][own] for p, own in zip(owners, depth, strict=True)}
+    assert any(kept[p] is not None for p in kept.keys() - set(lines(never)[2]["cohort"])), "one of them is short"
+    go_on(left)
+    assert same_run(left, never)
+
+
 def test_without_feddyn_clients_keep_nothing(tmp_path: Path) -> None:
     found = run_toy(tmp_path, "depthfl", {"depthfl.feddyn-alpha": 0.0, **LIGHT})
     assert not (found / "clients").exists()
