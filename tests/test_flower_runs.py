@@ -41,6 +41,24 @@ def test_simulation_gives_the_numbers_of_the_in_process_run_and_leaves_nothing_b
     assert not our_superlinks()
 
 
+def test_methods_with_parts_and_states_of_their_own_are_the_same_on_both_grids(tmp_path: Path) -> None:
+    """Law 8 again: depth, private state, masks that shrink, and draws in every batch."""
+    base = {"num-server-rounds": 2, "seed": 3, "autoflip.explore-epochs": 1, "personal": "stored-local"}
+    strategies = ("autoflip", "depthfl", "fiarse", "fjord", "scalefl")
+    with private_flower(BIN) as flower:
+        for strategy in strategies:
+            said: list[str] = []
+            values = {**base, "strategy": strategy, "runs-dir": str(tmp_path / f"ray-{strategy}")}
+            run_id = submit(flower, APP, values, supernodes=4, cpus=2)
+            follow(flower, run_id, said.append)
+            assert wait_until_over(flower, run_id)["status"] == "finished:completed", "\n".join(said)
+    for strategy in strategies:
+        values = {**base, "strategy": strategy, "runs-dir": str(tmp_path / f"local-{strategy}")}
+        simulated, local = only_run(tmp_path / f"ray-{strategy}"), server_app.run_in_process(values, 4)
+        for name in ("metrics.jsonl", "model.safetensors"):
+            assert (simulated / name).read_bytes() == (local / name).read_bytes(), (strategy, name)
+
+
 def test_a_run_that_fails_exits_with_1_and_says_why(tmp_path: Path) -> None:
     said: list[str] = []
     overrides = [f'runs-dir="{tmp_path}" model="flexfl-vgg16" num-server-rounds=1']
