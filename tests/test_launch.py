@@ -208,6 +208,15 @@ def test_a_run_that_does_not_start_shows_flowers_own_words(app, tmp_path, run, m
     assert_gone(bin_dir)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C counts, even where tests run in the background of a shell, which has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_the_run(app, tmp_path, number):
     bin_dir = fake(tmp_path, log="echo 'INFO: round 1'; exec sleep 60")
