@@ -188,10 +188,6 @@ class FedLPS(WidthStrategy):
         """Where masked units are not silent, a client's own model is the whole network, with zero rows."""
         return super().kept_units(update) if self._config.mask_bias else full(self.task.layout).units
 
-    def weigh(self, update: Update) -> float:
-        """Uniform, or by examples."""
-        return 1.0 if self._config.weights == "uniform" else update.weight
-
     def finish(self, previous: Arrays, averaged: Arrays) -> Arrays:
         """Noise, where a run asks for it."""
         if not self._config.noise:

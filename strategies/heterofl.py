@@ -18,7 +18,7 @@ from flexfed.devices import Device
 from flexfed.evaluation import level_statistics
 from flexfed.flower.limits import most_of_arrays, refuse_large
 from flexfed.flower.messages import cause_of, from_record_of_arrays, job_content, num_bytes
-from flexfed.jobs import Assignment, Update
+from flexfed.jobs import Assignment
 from flexfed.methods.heterofl import LEVELS, capacity_level, dynamic_levels, fixed_levels, parse_shares
 from flexfed.select import prefix_ratio
 from flexfed.submodel import Submodel, extract, pack
@@ -137,10 +137,6 @@ class HeteroFL(WidthStrategy):
 
     def _tests(self, device: Device, level: int) -> bool:
         return self.budget.tests(device, self._parts[level])
-
-    def weigh(self, update: Update) -> float:
-        """Uniform, or by examples."""
-        return 1.0 if self.task.method.weights == "uniform" else update.weight
 
     def level_statistics(self, server_round: int, arrays: Arrays, grid: Grid) -> dict[str, Statistics | None]:
         """Asked of the clients, taken from the proxy split, or none."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from flexfed.cost import shares
 from flexfed.devices import Device
-from flexfed.jobs import Assignment, Update
+from flexfed.jobs import Assignment
 from flexfed.methods import METHODS
 from flexfed.methods.heterofl import LEVELS, capacity_level, fixed_levels, parse_shares
 from flexfed.submodel import Submodel
@@ -101,7 +101,3 @@ class LevelStrategy(SubmodelStrategy):
 
     def _tests(self, device: Device, level: int) -> bool:
         return self.budget.tests(device, self.parts[level])
-
-    def weigh(self, update: Update) -> float:
-        """Uniform, or by examples."""
-        return 1.0 if self.task.method.weights == "uniform" else update.weight

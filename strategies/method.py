@@ -98,8 +98,8 @@ class MethodStrategy(FederatedStrategy):
         return frozenset()
 
     def weigh(self, update: Update) -> float:
-        """A reply's weight in the mean: its number of examples."""
-        return update.weight
+        """A reply's weight in the mean: its number of examples, or one where the method's key `weights` says so."""
+        return 1.0 if getattr(self.task.method, "weights", "examples") == "uniform" else update.weight
 
     def counted(self, update: Update) -> tuple[Submodel, np.ndarray]:
         """What of a reply the mean counts, and its differences: all of it."""
