@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from flexfed.compare import PLACE_KEYS, Comparison, Row
-from flexfed.overrides import Scalar, check_known, flatten, near_matches, read_toml, resolve_paths
+from flexfed.overrides import (
+    Scalar,
+    check_known,
+    flatten,
+    near_matches,
+    read_toml,
+    resolve_paths,
+    resumed_supernodes,
+)
 from flexfed.runs import Run, find_runs, load_run, write_atomic
 from flexfed.tuning import Tuning, read_tuning
 
@@ -227,6 +235,20 @@ def _finished_run(run: SuiteRun) -> Run | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no marker, or damage
         return None
     return found if found and found.summary else None
+
+
+def begun_folder(run: SuiteRun) -> Path | None:
+    """The newest run folder that this run can go on in, as after a kill; None = it begins anew."""
+    from flexfed.resume import open_run
+
+    for path in reversed(find_runs(run.folder)):
+        try:
+            if resumed_supernodes({"resume": str(path)}) == run.supernodes:
+                open_run(str(path), run.config)
+                return path
+        except (ValueError, OSError):  # of another configuration, or damaged
+            continue
+    return None
 
 
 def same_config(recorded: Mapping[str, Scalar], expected: Mapping[str, Scalar]) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexfed.compare import Comparison, Row, mean_and_deviation, paired_differences
 from flexfed.report import cost, plain_text
+from flexfed.significance import LEVEL, Paired, holm, paired_test, verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,10 +36,10 @@ class TextTable:
 
 
 def tables(comparison: Comparison) -> list[TextTable]:
-    """Accuracies, differences to the baseline, and costs."""
-    found = [_accuracy_table(comparison)]
+    """Accuracies, differences to the baseline and what they show, and costs."""
+    found = [_accuracy_table(comparison), _parts_table(comparison)]
     if comparison.baseline is not None and len(comparison.rows) > 1:
-        found.append(_difference_table(comparison))
+        found += [_difference_table(comparison), _verdict_table(comparison)]
     if comparison.megabytes:
         found.append(_bytes_table(comparison))
     return [*found, _cost_table(comparison)]
@@ -58,14 +59,32 @@ def _accuracy_table(comparison: Comparison) -> TextTable:
     return TextTable(caption, ["method", "seeds", *comparison.metrics], body)
 
 
+def _parts_table(comparison: Comparison) -> TextTable:
+    metric = comparison.metrics[0]
+    heads = {"final": "final", "last10": "mean of the last ten", "best": "best"}
+    body = [[row.name, *(_mean_cell(metric, row.values(part, metric).values()) for part in heads)]
+            for row in comparison.rows]  # fmt: skip
+    caption = (
+        f"{metric.capitalize()} after the last round, over the last ten, and at its best (which no run knows while it "
+        "runs): mean over seeds ± standard deviation (n - 1)."
+    )
+    return TextTable(caption, ["method", *heads.values()], body)
+
+
 def _spread_cell(row: Row, metric: str) -> str:
-    mean, deviation = mean_and_deviation(row.values("last10", metric).values())
     final, _ = mean_and_deviation(row.values("final", metric).values())
+    cell = _mean_cell(metric, row.values("last10", metric).values())
+    if cell == "-":
+        return cell
+    return f"{cell} ({_number(metric, final)})" + "*" * row.leaves_devices_out(metric)
+
+
+def _mean_cell(metric: str, values: Iterable[float], sign: str = "") -> str:
+    """Mean ± standard deviation; without the latter of one value, "-" of none."""
+    mean, deviation = mean_and_deviation(values)
     if mean is None:
         return "-"
-    spread = "" if deviation is None else f" ± {_number(metric, deviation)}"
-    star = "*" if row.leaves_devices_out(metric) else ""
-    return f"{_number(metric, mean)}{spread} ({_number(metric, final)}){star}"
+    return _number(metric, mean, sign) + ("" if deviation is None else f" ± {_number(metric, deviation)}")
 
 
 def _number(metric: str, value: float | None, sign: str = "") -> str:
@@ -89,30 +108,53 @@ def _difference_table(comparison: Comparison) -> TextTable:
 
 
 def _difference_cell(row: Row, baseline: Row, metric: str) -> str:
-    differences = paired_differences(row, baseline, metric)
-    mean, deviation = mean_and_deviation(differences.values())
-    if mean is None:
+    differences = paired_differences(row, baseline, metric).values()
+    if not differences:
         return "-"
-    spread = "" if deviation is None else f" ± {_number(metric, deviation)}"
-    signs = "".join("+" if value > 0 else "-" if value < 0 else "0" for value in differences.values())
-    return f"{_number(metric, mean, '+')}{spread} ({signs})"
+    signs = "".join("+" if value > 0 else "-" if value < 0 else "0" for value in differences)
+    return f"{_mean_cell(metric, differences, '+')} ({signs})"
+
+
+def _verdict_table(comparison: Comparison) -> TextTable:
+    """What the differences of the first metric show."""
+    (baseline,) = (row for row in comparison.rows if row.name == comparison.baseline)
+    metric = comparison.metrics[0]
+    others = [row for row in comparison.rows if row is not baseline]
+    tests = [paired_test(list(paired_differences(row, baseline, metric).values())) for row in others]
+    asked = [place for place, test in enumerate(tests) if test is not None and test.p is not None]
+    corrected = dict(zip(asked, holm([p for test in tests if test and (p := test.p) is not None]), strict=True))
+    body = [[row.name, *_verdict_cells(metric, test, corrected.get(place))]
+            for place, (row, test) in enumerate(zip(others, tests, strict=True))]  # fmt: skip
+    caption = (
+        f"Is {metric} better than {baseline.name}'s? Student's t-test of the differences paired by seed, with their "
+        f"95 % interval; p, and p corrected for the {len(asked)} rows (Holm), by which the verdict goes ({LEVEL:g}). "
+        "Few seeds show large differences only: not shown is not the same as equal."
+    )
+    return TextTable(caption, ["method", "difference", "from", "to", "p", "corrected", "verdict"], body)
+
+
+def _verdict_cells(metric: str, test: Paired | None, corrected: float | None) -> list[str]:
+    if test is None:
+        return ["-"] * 6
+    mean = _number(metric, test.mean, "+")
+    if test.p is None or test.half_width is None:
+        return [mean, *["-"] * 5]
+    ends = [_number(metric, test.mean + side * test.half_width, "+") for side in (-1, 1)]
+    ps = [f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (test.p, corrected or 0.0)]
+    return [mean, *ends, *ps, verdict(test.mean, corrected, "loss" in metric)]
 
 
 def _bytes_table(comparison: Comparison) -> TextTable:
     metric = comparison.metrics[0]
-    body = [[row.name, *(_bytes_cell(row, 1e6 * mb, metric) for mb in comparison.megabytes)] for row in comparison.rows]
+    body = [
+        [row.name, *(_mean_cell(metric, row.values_within(1e6 * mb, metric).values()) for mb in comparison.megabytes)]
+        for row in comparison.rows
+    ]
     caption = (
         f"{metric.capitalize()} by data: mean of the ten rounds before so much had travelled for training, both ways, "
         "what came before round 1 included; mean over seeds ± standard deviation (n - 1)."
     )
     return TextTable(caption, ["method", *(f"{mb:g} MB" for mb in comparison.megabytes)], body)
-
-
-def _bytes_cell(row: Row, num_bytes: float, metric: str) -> str:
-    mean, deviation = mean_and_deviation(row.values_within(num_bytes, metric).values())
-    if mean is None:
-        return "-"
-    return _number(metric, mean) + ("" if deviation is None else f" ± {_number(metric, deviation)}")
 
 
 def _cost_table(comparison: Comparison) -> TextTable:

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from flexfed.runs import write_atomic
-from flexfed.suites import SuiteRun, finished_folder, mark_finished
+from flexfed.suites import SuiteRun, begun_folder, finished_folder, mark_finished
 
 _TAIL = 15
 
@@ -32,6 +33,8 @@ def run_missing(
     runs: Sequence[SuiteRun], workers: int, app_dir: Path, on_done: Callable[[SuiteRun, str | None], None]
 ) -> int:
     """Run what is not finished, `workers` at a time; a failure does not stop the others.
+
+    What was begun and killed goes on from its last checkpoint.
 
     Args:
         runs: all of the suite, or some.
@@ -90,18 +93,40 @@ def _run_one(run: SuiteRun, app_dir: Path, children: _Children) -> None:
     import tomli_w
 
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.folder / "overrides.toml", tomli_w.dumps(dict(run.overrides)).encode())
     log = run.folder / "log.txt"
-    with log.open("wb") as file:
-        code = children.run(lambda: _start(run, app_dir, file))
-    if code:
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-        raise RunFailed("\n".join([f"exit code {code}; {log} ends with:", *tail]))
-    mark_finished(run)
+    with _claimed(run.folder) as claim:
+        begun = begun_folder(run)
+        overrides = {**run.overrides, **({"resume": str(begun)} if begun else {})}
+        write_atomic(run.folder / "overrides.toml", tomli_w.dumps(overrides).encode())
+        with log.open("ab" if begun else "wb") as file:
+            code = children.run(lambda: _start(run, app_dir, file, claim))
+        if not code:
+            return mark_finished(run)
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+    raise RunFailed("\n".join([f"exit code {code}; {log} ends with:", *tail]))
 
 
-def _start(run: SuiteRun, app_dir: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+@contextmanager
+def _claimed(folder: Path) -> Iterator[int]:
+    """Hold a run's lock; gives its file descriptor, for the child to hold it, too.
+
+    Whoever is killed leaves a child that works on: it is not to be joined by a second one.
+
+    Raises:
+        RunFailed: somebody else holds it.
+    """
+    import fcntl
+
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFailed(f"another process is at work in {folder}: wait until it has ended, or end it") from None
+        yield file.fileno()
+
+
+def _start(run: SuiteRun, app_dir: Path, log: IO[bytes], claim: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         child_command(run), cwd=app_dir, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, pass_fds=(claim,),
     )  # fmt: skip

@@ -1,18 +1,22 @@
 """Suites: reading them, knowing what is finished, running what is missing."""
 
 import json
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flexfed import workers
 from flexfed.overrides import defaults
+from flexfed.runs import RunFolder
 from flexfed.suites import (
     MARKER,
+    begun_folder,
     finished_folder,
     load_suite,
     mark_finished,
@@ -20,7 +24,7 @@ from flexfed.suites import (
     suite_comparison,
     suite_runs,
 )
-from flexfed.workers import child_command, run_missing
+from flexfed.workers import RunFailed, child_command, run_missing
 
 ROOT = Path(__file__).parent.parent
 KNOWN = {"strategy": "flexfl", "seed": 1, "runs-dir": "~/runs", "num-server-rounds": 30, "flexfl.kd-weight": -1.0}
@@ -222,3 +226,75 @@ def test_the_child_is_our_own_command(suite):
     assert command[:6] == [sys.executable, "-m", "flexfed.cli", "run", "--in-process", "--supernodes"]
     assert command[6] == "4"
     assert command[-1].endswith("overrides.toml")
+
+
+# --- after a kill -------------------------------------------------------------------------------------------
+
+TINY = """
+seeds = [1]
+supernodes = 4
+[base]
+runs-dir = "runs"
+strategy = "fedavg"
+dataset = "digits"
+num-server-rounds = 4
+fraction-train = 1.0
+fraction-evaluate = 0.0
+[[row]]
+name = "only"
+"""
+
+
+def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
+    known = defaults(ROOT)
+    one, other = (tmp_path / name / "tiny.toml" for name in ("whole", "killed"))
+    for path in (one, other):
+        path.parent.mkdir()
+        path.write_text(TINY)
+    (whole,), (killed,) = (suite_runs(load_suite(path, known), known) for path in (one, other))
+    assert run_missing([whole], 1, ROOT, lambda run, error: None) == 0
+
+    comparing = [sys.executable, "-m", "flexfed.cli", "compare", str(other), "--workers", "1"]
+    parent = subprocess.Popen(comparing, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: [*killed.folder.glob("*/metrics.jsonl")])
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    child.suspend()  # the orphan lives: nobody may join it
+    with pytest.raises(RunFailed, match="another process is at work"):
+        workers._run_one(killed, ROOT, workers._Children())
+    child.kill()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+    assert len([*killed.folder.glob("*/summary.json")]) == 0
+    errors = []
+    run_missing([killed], 1, ROOT, lambda run, error: errors.append(error))
+    assert errors == [None]
+    assert len([*killed.folder.glob("*/config.toml")]) == 1
+    assert "go on" in (killed.folder / "log.txt").read_text()
+    assert metrics_of(killed) == metrics_of(whole)
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def metrics_of(run):
+    return (finished_folder(run) / "metrics.jsonl").read_text()
+
+
+def test_a_run_of_another_configuration_or_federation_is_not_gone_on_with(tmp_path):
+    known = defaults(ROOT)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (run,) = suite_runs(load_suite(tmp_path / "tiny.toml", known), known)
+    RunFolder(run.folder / "20260101-000000-fedavg-1").begin(run.config, clients=4)
+    assert begun_folder(run).name == "20260101-000000-fedavg-1"
+    assert begun_folder(replace(run, supernodes=5)) is None
+    assert begun_folder(replace(run, config={**run.config, "learning-rate": 0.5})) is None
+    RunFolder(run.folder / "20260102-000000-fedavg-1").begin({**run.config, "momentum": 0.9}, clients=4)
+    assert begun_folder(run).name == "20260101-000000-fedavg-1"
+    (run.folder / "20260101-000000-fedavg-1" / "config.toml").write_text("x")
+    assert begun_folder(run) is None
