@@ -136,31 +136,35 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs of a suite at the same time; default: all CPUs.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this file as Markdown, too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.md for the tables; picture and page go beside it: FILE.png, FILE.html.")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Row to measure the others against.")] = None,
 ) -> None:
-    """Compare runs: of a suite, running what is missing, or of the given folders."""
+    """Compare runs: of a suite, running what is missing, or of the given folders; a killed comparison goes on."""
     from flexfed.compare import compare_runs, load_runs
-    from flexfed.tables import to_markdown, to_text
+    from flexfed.outputs import write_comparison
+    from flexfed.tables import to_text
 
     with _errors():
-        failed = 0
+        failed, found = 0, None
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after hours of runs
         if any(target.endswith(".toml") for target in targets):
             if len(targets) > 1:
                 raise ValueError("give one suite, or run folders, not both")
-            comparison, failed = _compare_suite(Path(targets[0]), workers or _num_cpus(), baseline)
+            comparison, failed, found = _compare_suite(Path(targets[0]), workers or _num_cpus(), baseline)
         else:
             comparison = compare_runs(load_runs(map(Path, targets)), baseline)
         typer.echo(to_text(comparison))
-        if out is not None:
-            out.write_text(to_markdown(comparison, _command(targets, baseline)), encoding="utf-8")
+        if place := out or found:
+            written = write_comparison(comparison, _command(targets, baseline), place)
+            typer.echo("\nwritten: " + ", ".join(map(str, written)))
         raise typer.Exit(1 if failed else 0)
 
 
-def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comparison, int]:
-    """Run what a suite lacks, and make its tables; also the number of runs that failed."""
+def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comparison, int, Path]:
+    """Run what a suite lacks, and compare; also the number of runs that failed, and where files go by default."""
     from dataclasses import replace
 
     from flexfed.processes import signals_as_interrupt
@@ -179,7 +183,7 @@ def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comp
         runs = suite_runs(suite, known)
         with _progress(runs) as on_done:
             failed = run_missing(runs, workers, app_dir, on_done)
-    return suite_comparison(suite, runs), failed
+    return suite_comparison(suite, runs), failed, suite.folder / "comparison"
 
 
 @contextmanager

@@ -54,6 +54,11 @@ class Suite:
     tuning: Tuning | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def folder(self) -> Path:
+        """Of all its runs."""
+        return self.runs_dir / _slug(self.name)
+
 
 @dataclass(frozen=True)
 class SuiteRun:
@@ -180,7 +185,7 @@ def _suite_run(
     suite: Suite, row: str, seed: int, known: Mapping[str, Scalar], tried: Mapping[str, Scalar] | None = None
 ) -> SuiteRun:
     words = [_slug(row), *(_slug(f"{key}={value}") for key, value in (tried or {}).items()), f"seed{seed}"]
-    folder = suite.runs_dir / _slug(suite.name) / "-".join(words)
+    folder = suite.folder / "-".join(words)
     overrides = {**suite.rows[row], **(tried or {}), "seed": seed, "runs-dir": str(folder)}
     value = next(iter((tried or {}).values()), None)
     return SuiteRun(row, seed, folder, overrides, {**known, **overrides}, suite.supernodes, value)

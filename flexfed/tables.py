@@ -181,16 +181,20 @@ def _drawn(table: TextTable) -> Table:
     return drawn
 
 
-def to_markdown(comparison: Comparison, command: str) -> str:
-    """The same tables as Markdown, under the command that made them (give it without machine paths)."""
+def to_markdown(comparison: Comparison, command: str, picture: str = "") -> str:
+    """The same tables as Markdown.
+
+    Args:
+        comparison: of finished runs.
+        command: that made it, without machine paths; it stands on top.
+        picture: path of its picture, as the text's reader finds it; "" = none.
+    """
     parts = [f"# {comparison.title}", f"```\n{command}\n```"]
+    parts += [f"![{comparison.metrics[0]} by data and by modelled time]({picture})"] if picture else []
     for table in tables(comparison):
         rule = ["---", *("---:" for _ in table.head[1:])]
         lines = [table.head, rule, *table.body]
-        parts += [
-            table.caption,
-            "\n".join("| " + " | ".join(_escape(c) for c in line) + " |" for line in lines),
-        ]
+        parts += [table.caption, "\n".join("| " + " | ".join(_escape(c) for c in line) + " |" for line in lines)]
     return "\n\n".join([*parts, *comparison.notes]) + "\n"
 
 

@@ -226,6 +226,10 @@ def test_compare_runs(tmp_path):
     text = (tmp_path / "out.md").read_text()
     assert f"flexfed compare {paths[0].name} {paths[1].name}\n" in text
     assert str(tmp_path) not in text
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out.html").read_text()
+    assert str(tmp_path) not in page
+    assert "+25.0 (+)" in page
 
 
 def test_compare_makes_the_folder_of_its_output_first(tmp_path):
@@ -264,6 +268,9 @@ def test_compare_runs_what_a_suite_lacks(project, tmp_path, monkeypatch):
     assert "50.0 (50.0)" in result.output
     assert "Runs still missing: 1." in result.output
     assert "flexfed compare s.toml\n" in (tmp_path / "out.md").read_text()
+    assert flexfed("compare", str(project / "s.toml"), "--workers", "1").exit_code == 1
+    (own,) = tmp_path.glob("**/s/comparison.html")
+    assert own.with_suffix(".md").is_file()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

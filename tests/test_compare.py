@@ -100,8 +100,17 @@ def test_pairing_does_not_depend_on_order():
     assert paired_differences(ours, row("b", 0.25, 0.25), "accuracy") == {1: 0.5, 2: 0.25}
 
 
+LAST10, PARTS, DIFFERENCE, VERDICT, COST = (
+    "Mean of the last",
+    "after the last",
+    "Difference to",
+    "t-test",
+    "Cost of a run",
+)
+
+
 def cell(comparison, table, name, column):
-    found = tables(comparison)[table]
+    (found,) = (found for found in tables(comparison) if table in found.caption)
     (line,) = (line for line in found.body if line[0] == name)
     return line[found.head.index(column)]
 
@@ -110,29 +119,55 @@ EXAMPLE = Comparison("t", [row("base", 0.80, 0.82, 0.84), row("new", 0.85, 0.82,
 
 
 def test_tables_of_a_worked_example():
-    assert cell(EXAMPLE, 0, "base", "accuracy") == "82.0 ± 2.0 (82.0)"
-    assert cell(EXAMPLE, 0, "new", "seeds") == "3"
+    assert cell(EXAMPLE, LAST10, "base", "accuracy") == "82.0 ± 2.0 (82.0)"
+    assert cell(EXAMPLE, LAST10, "new", "seeds") == "3"
     # Differences +5, 0, -1 points: mean 4/3, deviation sqrt(31/3).
-    assert cell(EXAMPLE, 1, "new", "accuracy") == "+1.3 ± 3.2 (+0-)"
-    assert cell(EXAMPLE, 2, "new", "sent back") == "1 kB"
+    assert cell(EXAMPLE, DIFFERENCE, "new", "accuracy") == "+1.3 ± 3.2 (+0-)"
+    assert cell(EXAMPLE, COST, "new", "sent back") == "1 kB"
+
+
+def test_the_tables_tell_the_end_the_last_ten_and_the_best():
+    rounds = [{"round": n, "accuracy": value} for n, value in enumerate([0.9, *[0.5] * 9, 0.6], 1)]
+    one = Run(Path("r"), CONFIG, rounds, {}, summarise(rounds, {"seed": 1}))
+    found = Comparison("t", [Row("a", {1: one})], None, ["accuracy"])
+    assert [cell(found, PARTS, "a", name) for name in ("final", "mean of the last ten", "best")] == [
+        "60.0",
+        "51.0",
+        "90.0",
+    ]
+
+
+def test_the_verdict_follows_from_a_worked_example():
+    rows = [row("base", 0.50, 0.52, 0.54), row("better", 0.60, 0.63, 0.64), row("same", 0.51, 0.51, 0.55)]
+    found = Comparison("t", [*rows, row("one", 0.9)], "base", ["accuracy"])
+    # Differences 10, 11, 10: mean 31/3, error 1/3, t = 31 with two degrees of freedom.
+    columns = ("difference", "from", "to", "p", "corrected", "verdict")
+    told = [cell(found, VERDICT, "better", name) for name in columns]
+    assert told == ["+10.3", "+8.9", "+11.8", "0.001", "0.002", "better"]
+    assert cell(found, VERDICT, "same", "verdict") == "not shown"
+    assert [cell(found, VERDICT, "one", name) for name in ("difference", "p", "verdict")] == ["+40.0", "-", "-"]
+    assert cell(replace(found, baseline="better"), VERDICT, "base", "verdict") == "worse"
+    by_loss = Comparison("t", [Row(n, {s: run(seed=s, loss=v) for s, v in enumerate(vs)}) for n, vs in
+                               (("base", (3.0, 3.1)), ("low", (1.0, 1.1001)))], "base", ["loss"])  # fmt: skip
+    assert cell(by_loss, VERDICT, "low", "verdict") == "better"
 
 
 def test_costs_hold_evaluation_and_energy():
     costs = {"bytes-evaluation": 2_000_000, "macs-evaluation": 3_000_000, "joules": 1500}
     found = Comparison("t", [Row("a", {1: run(**costs)})], None, ["accuracy"])
-    cells = [cell(found, 1, "a", name) for name in ("for evaluation", "for evaluation, as well", "modelled energy")]
+    cells = [cell(found, COST, "a", name) for name in ("for evaluation", "for evaluation, as well", "modelled energy")]
     assert cells == ["2 MB", "3 M", "1.50 kJ"]
-    assert cell(found, 1, "a", "measured client time") == "-", "a run of older code has none"
+    assert cell(found, COST, "a", "measured client time") == "-", "a run of older code has none"
     assert max(map(len, to_text(found).splitlines())) <= 120
 
 
 def test_one_seed_has_no_deviation_and_absent_metrics_are_dashes():
     found = Comparison("t", [row("base", 0.8), row("new", 0.9), Row("none", {})], "base", ["accuracy", "loss"])
-    assert cell(found, 0, "base", "accuracy") == "80.0 (80.0)"
-    assert cell(found, 1, "new", "accuracy") == "+10.0 (+)"
-    assert cell(found, 0, "new", "loss") == "-"
-    assert cell(found, 1, "none", "accuracy") == "-"
-    assert cell(found, 2, "none", "sent back") == "-"
+    assert cell(found, LAST10, "base", "accuracy") == "80.0 (80.0)"
+    assert cell(found, DIFFERENCE, "new", "accuracy") == "+10.0 (+)"
+    assert cell(found, LAST10, "new", "loss") == "-"
+    assert cell(found, DIFFERENCE, "none", "accuracy") == "-"
+    assert cell(found, COST, "none", "sent back") == "-"
 
 
 def test_accuracy_by_data_stops_where_the_data_stops():
@@ -144,25 +179,25 @@ def test_accuracy_by_data_stops_where_the_data_stops():
     assert one.values_within(3e6, "accuracy") == {1: pytest.approx(0.01)}
     assert one.values_within(5.5e6, "accuracy") == {1: pytest.approx(0.02)}  # rounds 1, 2 and 3
     assert one.values_within(14e6, "accuracy") == {1: pytest.approx(sum(range(3, 13)) / 1000)}
-    table = tables(Comparison("t", [one], None, ["accuracy"], megabytes=[1, 5.5]))[1]
+    table = tables(Comparison("t", [one], None, ["accuracy"], megabytes=[1, 5.5]))[2]
     assert (table.head, table.body) == (["method", "1 MB", "5.5 MB"], [["a", "-", "2.0"]])
 
 
 def test_losses_are_no_percentages():
     found = Comparison("t", [Row("a", {1: run(loss=0.25)})], None, ["loss"])
-    assert cell(found, 0, "a", "loss") == "0.250 (0.250)"
+    assert cell(found, LAST10, "a", "loss") == "0.250 (0.250)"
     diverged = Comparison("t", [Row("a", {1: run(loss=2.92e29)})], None, ["loss"])
-    assert cell(diverged, 0, "a", "loss") == "2.92e+29 (2.92e+29)"
-    assert len(tables(found)) == 2
+    assert cell(diverged, LAST10, "a", "loss") == "2.92e+29 (2.92e+29)"
+    assert len(tables(found)) == 3
 
 
 def test_exclusive_is_not_praised_for_the_devices_it_leaves_out():
     worst = {"accuracy-worst-tenth": 0.9}
     rows = [Row("base", {1: run("exclusive", **worst)}), Row("new", {1: run(**{"accuracy-worst-tenth": 0.2})})]
     found = Comparison("t", rows, "base", ["accuracy", "accuracy-worst-tenth"])
-    assert cell(found, 0, "base", "accuracy-worst-tenth") == "90.0 (90.0)*"
-    assert cell(found, 0, "new", "accuracy-worst-tenth") == "20.0 (20.0)"
-    assert cell(found, 1, "new", "accuracy-worst-tenth") == "-"
+    assert cell(found, LAST10, "base", "accuracy-worst-tenth") == "90.0 (90.0)*"
+    assert cell(found, LAST10, "new", "accuracy-worst-tenth") == "20.0 (20.0)"
+    assert cell(found, DIFFERENCE, "new", "accuracy-worst-tenth") == "-"
     assert "* Without the devices too weak" in to_markdown(found, "c")
     assert "* Without" not in to_markdown(EXAMPLE, "c")
 

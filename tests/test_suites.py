@@ -264,7 +264,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     with pytest.raises(RunFailed, match="another process is at work"):
         workers._run_one(killed, ROOT, workers._Children())
     child.kill()
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: is_free(killed.folder))  # a dying process lets go when its last thread has ended
 
     assert len([*killed.folder.glob("*/summary.json")]) == 0
     errors = []
@@ -273,6 +273,14 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     assert len([*killed.folder.glob("*/config.toml")]) == 1
     assert "go on" in (killed.folder / "log.txt").read_text()
     assert metrics_of(killed) == metrics_of(whole)
+
+
+def is_free(folder):
+    try:
+        with workers._claimed(folder):
+            return True
+    except RunFailed:
+        return False
 
 
 def wait_for(condition, seconds=120):
