@@ -11,7 +11,8 @@ from typing import Any
 
 from flexfed.checkpoint import Checkpoint, save_checkpoint
 from flexfed.config import Settings
-from flexfed.report import EventWriter, round_line
+from flexfed.events import EventWriter
+from flexfed.report import round_line
 from flexfed.resume import Resumed, is_over, run_identity
 from flexfed.runs import Measured, RunFolder
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line per round, the table at its end, its curves, TensorBoard events."""
+"""What a person sees of a run: one line per round, the table at its end, its curves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 # `accuracy-<name>` with these names is no level of the method.
 _NO_LEVELS = frozenset({"levels", "clients", "worst-tenth", "personal"})
-_PERSONAL = "personal-"  # before a capability
+PERSONAL = "personal-"  # before a capability
+CLIENTS = "clients-"  # before a kind of device
 _MANY_LEVELS = 5
 _SIZES = ("XS", "S", "M-", "M", "L-", "L", "XL")
 _NAMES = {
@@ -89,7 +90,7 @@ def cost(key: str, value: float | None) -> str:
 def level_names(metrics: Iterable[str]) -> list[str]:
     """The method's levels among metric names, smallest first: S, M, L, or letters with a as the largest."""
     names = {name.removeprefix("accuracy-") for name in metrics if name.startswith("accuracy-")} - _NO_LEVELS
-    names = {name for name in names if not name.startswith(_PERSONAL)}
+    names = {name for name in names if not name.startswith((PERSONAL, CLIENTS))}
     if names <= set(_SIZES):
         return sorted(names, key=_SIZES.index)
     return sorted(names, reverse=True)
@@ -169,8 +170,11 @@ def _ordered(names: Sequence[str]) -> list[str]:
     of_largest = (name for name in names if own and name.startswith(f"{EXIT_PREFIX}{own[-1]}-"))
     exits = sorted(of_largest, key=lambda name: int(name.rpartition("-")[2]))
     known = [name for name in _NAMES if name != "accuracy"]
-    by_capability = sorted(n for n in names if n.startswith(f"accuracy-{_PERSONAL}") and n not in known)
-    wanted = ["accuracy", *levels, *exits, *known, *by_capability]
+    by_group = [
+        sorted(name for name in names if name.startswith(f"accuracy-{group}") and name not in known)
+        for group in (CLIENTS, PERSONAL)
+    ]
+    wanted = ["accuracy", *levels, *exits, *known, *by_group[0], *by_group[1]]
     return [name for name in wanted if name in names]
 
 
@@ -192,8 +196,10 @@ def _label(summary: Mapping[str, Any], name: str) -> str:
     if name.startswith(EXIT_PREFIX):
         return "level {}, exit {}".format(*name.removeprefix(EXIT_PREFIX).rsplit("-", 1))
     level = name.removeprefix("accuracy-")
-    usual = f"personal, {level.removeprefix(_PERSONAL)}" if level.startswith(_PERSONAL) else f"level {level}"
-    return _NAMES.get(name, usual)
+    for group, word in ((PERSONAL, "personal"), (CLIENTS, "clients")):
+        if level.startswith(group):
+            return _NAMES.get(name, f"{word}, {level.removeprefix(group)}")
+    return _NAMES.get(name, f"level {level}")
 
 
 def _new_table(first: str, columns: Sequence[str]) -> Table:
@@ -257,42 +263,7 @@ def curves_png(rounds: Sequence[Metrics], path: Path, title: str) -> None:
     draw(rounds, path, title)
 
 
-# --- TensorBoard --------------------------------------------------------------------------------------------
-
-
 def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of cells, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-class EventWriter:
-    """TensorBoard events of a run; does nothing where tensorboard is not installed.
-
-    Args:
-        folder: of the run.
-        first_round: of those to come; a run that goes on has told of later ones before it was killed.
-    """
-
-    def __init__(self, folder: Path, first_round: int = 1) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._writer: Any = None
-        else:
-            self._writer = SummaryWriter(str(folder), purge_step=first_round)
-
-    def add(self, metrics: Metrics) -> None:
-        """Write one round's numbers, under their names in metrics.jsonl."""
-        if self._writer is None:
-            return
-        for key, value in metrics.items():
-            if key != "round" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, metrics["round"])
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the event file; a second call does nothing."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class RoundRecord:
     refused: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
-    clients: list[Evaluation] = field(default_factory=list)
+    clients: list[tuple[str, Evaluation]] = field(default_factory=list)  # (kind of device, test of its level)
     personal: list[tuple[str, Evaluation]] = field(default_factory=list)  # (capability, test of a client's own model)
     is_void: bool = False  # replies came, but fewer than `min-replies`: the model stayed as it was
 
@@ -122,11 +122,20 @@ class RoundRecord:
         if self.losses:
             total = sum(weight for weight, _ in self.losses)
             line["train-loss"] = sum(weight * loss for weight, loss in self.losses) / total
-        tested = [e.accuracy for e in self.clients if e.num_samples]
-        if tested:
-            line["accuracy-clients"] = float(np.mean(tested))
-            line["accuracy-worst-tenth"] = worst_tenth(tested)
-        return {**line, **self._personal_line()}
+        return {**line, **self._clients_line(), **self._personal_line()}
+
+    def _clients_line(self) -> dict[str, Any]:
+        """Accuracy of the levels on the clients' own samples: mean, worst tenth, and by kind where there are several."""
+        tested = [(kind, e.accuracy) for kind, e in self.clients if e.num_samples]
+        if not tested:
+            return {}
+        all_of_them = [accuracy for _, accuracy in tested]
+        by_kind = _mean_by_group(tested)
+        return {
+            "accuracy-clients": float(np.mean(all_of_them)),
+            "accuracy-worst-tenth": worst_tenth(all_of_them),
+            **({f"accuracy-clients-{kind}": mean for kind, mean in by_kind.items()} if len(by_kind) > 1 else {}),
+        }
 
     def _personal_line(self) -> dict[str, Any]:
         """Accuracy of the clients' own models: mean over clients, their worst tenth, and by capability."""
@@ -134,14 +143,17 @@ class RoundRecord:
         if not tested:
             return {}
         all_of_them = [accuracy for _, accuracy in tested]
-        groups = sorted({group for group, _ in tested})
-        by_group = {g: float(np.mean([accuracy for group, accuracy in tested if group == g])) for g in groups}
         return {
             "clients-personal": len(tested),
             "accuracy-personal": float(np.mean(all_of_them)),
             "accuracy-personal-worst-tenth": worst_tenth(all_of_them),
-            **{f"accuracy-personal-{group}": accuracy for group, accuracy in by_group.items()},
+            **{f"accuracy-personal-{group}": mean for group, mean in _mean_by_group(tested).items()},
         }
+
+
+def _mean_by_group(tested: Sequence[tuple[str, float]]) -> dict[str, float]:
+    groups = sorted({group for group, _ in tested})
+    return {name: float(np.mean([accuracy for group, accuracy in tested if group == name])) for name in groups}
 
 
 def worst_tenth(accuracies: list[float]) -> float:

@@ -152,7 +152,7 @@ class ClientTests:
             strategy.record.personal.append((self.group_of(partition), result))
             samples += device.num_examples if self._own_statistics else 0
         else:
-            strategy.record.clients.append(result)
+            strategy.record.clients.append((told.kind, result))
         macs = samples * strategy.task.macs(part)
         phase = "personal" if personal else "test"  # a device does one after the other
         strategy.record.count_beside(phase, device, macs, bytes_down, num_bytes(reply))

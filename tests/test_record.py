@@ -17,6 +17,7 @@ from flexfed.devices import Device
 from flexfed.jobs import Update
 from flexfed.runs import load_run
 from flexfed.submodel import full
+from flexfed.training import Evaluation
 from strategies.preparation import Preparation
 from strategies.record import RoundRecord
 
@@ -134,3 +135,16 @@ def test_a_client_measures_its_training_in_processor_seconds(tmp_path: Path) -> 
         clock.process_time.side_effect = [10.0, 12.5, 20.0, 21.0, 30.0, 30.0, 40.0, 40.75]
         run_toy(tmp_path, alter=saying(0.0, seen))
     assert seen == [2.5, 1.0, 0.0, 0.75]
+
+
+def test_clients_tests_are_told_by_kind_where_there_are_several() -> None:
+    def tested(*groups: str) -> dict[str, Any]:
+        counts = enumerate(groups, 1)
+        return RoundRecord(1, clients=[(kind, Evaluation(n, 1.0, 10)) for n, kind in counts]).line()
+
+    line = tested("weak", "strong", "weak")
+    assert line["accuracy-clients"] == pytest.approx(0.2)
+    assert line["accuracy-clients-weak"] == pytest.approx(0.2)
+    assert line["accuracy-clients-strong"] == pytest.approx(0.2)
+    assert tested("weak", "weak", "strong")["accuracy-clients-weak"] == pytest.approx(0.15)
+    assert not any(key.startswith("accuracy-clients-") for key in tested("weak", "weak"))

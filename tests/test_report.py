@@ -1,13 +1,11 @@
 """What people see of a run: lines, the final table, the picture, events."""
 
-import builtins
 from pathlib import Path
 
 import pytest
 
 from flexfed.curves import curves
 from flexfed.report import (
-    EventWriter,
     curves_png,
     duration,
     final_table,
@@ -222,39 +220,3 @@ def test_curves_png_leaves_pyplot_alone(tmp_path):
 
     curves_png(ROUNDS, tmp_path / "curves.png", "title")
     assert pyplot.get_fignums() == []
-
-
-# --- events -------------------------------------------------------------------------------------------------
-
-
-def test_events_do_nothing_without_tensorboard(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("torch.utils.tensorboard"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    writer = EventWriter(tmp_path)
-    writer.add(ROUNDS[0])
-    writer.close()
-    writer.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_events_hold_the_numbers_under_their_names():
-    class Recorder:
-        def __init__(self, folder):
-            self.scalars = []
-
-        def add_scalar(self, key, value, step):
-            self.scalars.append((key, value, step))
-
-        def flush(self):
-            pass
-
-    writer = EventWriter.__new__(EventWriter)
-    writer._writer = Recorder("x")
-    writer.add({"round": 3, "accuracy": 0.5, "cohort": [1], "loss": None})
-    assert writer._writer.scalars == [("accuracy", 0.5, 3)]
