@@ -125,7 +125,7 @@ class RoundRecord:
         return {**line, **self._clients_line(), **self._personal_line()}
 
     def _clients_line(self) -> dict[str, Any]:
-        """Accuracy of the levels on the clients' own samples: mean, worst tenth, and by kind where there are several."""
+        """Accuracy of levels on the clients' own samples: mean, worst tenth, and by kind where there are several."""
         tested = [(kind, e.accuracy) for kind, e in self.clients if e.num_samples]
         if not tested:
             return {}
