@@ -97,7 +97,8 @@ def is_wide(drawn: Sequence[Line]) -> bool:
 def draw(comparison: Comparison, path: Path) -> None:
     """Write the comparison's first metric against the data and against the modelled time of training, as PNG.
 
-    Lines are means over seeds, bands their range; the legend names the rows by their last value, best first.
+    Lines are means over seeds, bands (of seven rows at most) their range; the legend names the rows by their last
+    value, best first.
 
     Args:
         comparison: of finished runs.
@@ -128,7 +129,8 @@ def name_of(metric: str) -> str:
 def _panel(axes: Axes, drawn: Sequence[Line], effort: Effort, scale: float) -> None:
     for place, line in enumerate(drawn):
         mean, low, high = ([scale * value for value in part] for part in (line.mean, line.low, line.high))
-        axes.fill_between(line.spent, low, high, color=COLOURS[place % len(COLOURS)], alpha=0.1, linewidth=0)
+        if len(drawn) <= len(COLOURS):  # more bands hide one another
+            axes.fill_between(line.spent, low, high, color=COLOURS[place % len(COLOURS)], alpha=0.1, linewidth=0)
         axes.plot(line.spent, mean, label=f"{line.label}   {mean[-1]:.1f}", **_style(place, len(drawn), len(mean)))
     if is_wide(drawn):
         axes.set_xscale("log")
@@ -140,12 +142,13 @@ def _panel(axes: Axes, drawn: Sequence[Line], effort: Effort, scale: float) -> N
 
 
 def _style(place: int, count: int, points: int) -> dict[str, Any]:
-    """Colour, dash and marker of a row; after seven rows colours come again with another dash."""
+    """Colour, dash and marker of a row; after seven rows colours come again with another dash and marker."""
+    again = place // len(COLOURS)
     return {
         "color": COLOURS[place % len(COLOURS)],
-        "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+        "linestyle": DASHES[again % len(DASHES)],
         "linewidth": 1.6,
-        "marker": MARKERS[place % len(MARKERS)],
+        "marker": MARKERS[(place + 3 * again) % len(MARKERS)],
         "markersize": 4.0,
         "markevery": sparse(points, place / count),
     }

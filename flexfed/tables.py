@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from flexfed.compare import Comparison, Row, mean_and_deviation, paired_differences
 from flexfed.report import cost, plain_text
+from flexfed.runs import EXIT_PREFIX
 from flexfed.significance import LEVEL, Paired, holm, paired_test, verdict
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class TextTable:
 def tables(comparison: Comparison) -> list[TextTable]:
     """Accuracies, differences to the baseline and what they show, and costs."""
     found = [_accuracy_table(comparison), _parts_table(comparison)]
+    found += [_exits_table(comparison, exits)] if (exits := _exits(comparison)) else []
     if comparison.baseline is not None and len(comparison.rows) > 1:
         found += [_difference_table(comparison), _verdict_table(comparison)]
     if comparison.megabytes:
@@ -71,6 +73,24 @@ def _parts_table(comparison: Comparison) -> TextTable:
     return TextTable(caption, ["method", *heads.values()], body)
 
 
+def _exits(comparison: Comparison) -> list[str]:
+    """The metrics of single exits that some row has: level by level, the shallowest exit first."""
+    runs = [run for row in comparison.rows for run in row.runs.values()]
+    found = {name for run in runs for name in (run.summary or {})["last10"] if name.startswith(EXIT_PREFIX)}
+    return sorted(found, key=lambda name: (name.rpartition("-")[0], int(name.rpartition("-")[2])))
+
+
+def _exits_table(comparison: Comparison, exits: Sequence[str]) -> TextTable:
+    body = [[row.name, *(_mean_cell(name, row.values("last10", name).values()) for name in exits)]
+            for row in comparison.rows if any(row.values("last10", name) for name in exits)]  # fmt: skip
+    heads = ["{} exit {}".format(*name.removeprefix(EXIT_PREFIX).rsplit("-", 1)) for name in exits]
+    caption = (
+        "Accuracy of every exit of every level, the shallowest first, of the rows that have exits: mean of the last "
+        "ten rounds, over seeds ± standard deviation (n - 1)."
+    )
+    return TextTable(caption, ["method", *heads], body)
+
+
 def _spread_cell(row: Row, metric: str) -> str:
     final, _ = mean_and_deviation(row.values("final", metric).values())
     cell = _mean_cell(metric, row.values("last10", metric).values())
@@ -91,7 +111,7 @@ def _number(metric: str, value: float | None, sign: str = "") -> str:
     """Accuracies in percent with one digit, other metrics with three; of a run that diverged three in all."""
     if value is None:
         return "-"
-    if metric.startswith("accuracy"):
+    if "accuracy" in metric:
         return f"{100 * value:{sign}.1f}"
     return f"{value:{sign}.3f}" if abs(value) < 1e4 else f"{value:{sign}.2e}"
 

@@ -137,6 +137,15 @@ def test_the_tables_tell_the_end_the_last_ten_and_the_best():
     ]
 
 
+def test_exits_have_a_table_of_the_rows_that_have_them():
+    deep = run(**{"exit-accuracy-b-1": 0.1, "exit-accuracy-a-10": 0.2, "exit-accuracy-a-2": 0.3})
+    found = Comparison("t", [row("flat", 0.5), Row("deep", {1: deep})], None, ["accuracy"])
+    (exits,) = (table for table in tables(found) if "every exit" in table.caption)
+    assert exits.head == ["method", "a exit 2", "a exit 10", "b exit 1"]
+    assert exits.body == [["deep", "30.0", "20.0", "10.0"]]
+    assert not any("every exit" in table.caption for table in tables(EXAMPLE))
+
+
 def test_the_verdict_follows_from_a_worked_example():
     rows = [row("base", 0.50, 0.52, 0.54), row("better", 0.60, 0.63, 0.64), row("same", 0.51, 0.51, 0.55)]
     found = Comparison("t", [*rows, row("one", 0.9)], "base", ["accuracy"])
