@@ -18,7 +18,7 @@ from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides
 
 if TYPE_CHECKING:
     from flexfed.compare import Comparison
-    from flexfed.suites import SuiteRun
+    from flexfed.suites import Suite, SuiteRun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 
@@ -132,49 +132,65 @@ def load_runner(app_dir: Path) -> Callable[[Mapping[str, Scalar], int], Path]:
 
 @app.command()
 def compare(
-    targets: Annotated[list[str], typer.Argument(metavar="SUITE.toml | RUN...", help="A suite, or run folders.")],
+    targets: Annotated[list[str], typer.Argument(metavar="SUITE.toml... | RUN...", help="Suites, or run folders.")],
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs of a suite at the same time; default: all CPUs.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="FILE.md for the tables; picture and page go beside it: FILE.png, FILE.html.")
+        Path | None,
+        typer.Option(help="FILE.md for tables, FILE.png and FILE.html beside it; of several suites a folder for them."),
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="Row to measure the others against.")] = None,
 ) -> None:
-    """Compare runs: of a suite, running what is missing, or of the given folders; a killed comparison goes on."""
+    """Compare runs: of suites, running what is missing, or of the given folders; a killed comparison goes on."""
     from flexfed.compare import compare_runs, load_runs
-    from flexfed.outputs import write_comparison
-    from flexfed.tables import to_text
 
     with _errors():
-        failed, found = 0, None
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after hours of runs
-        if any(target.endswith(".toml") for target in targets):
-            if len(targets) > 1:
-                raise ValueError("give one suite, or run folders, not both")
-            comparison, failed, found = _compare_suite(Path(targets[0]), workers or _num_cpus(), baseline)
-        else:
-            comparison = compare_runs(load_runs(map(Path, targets)), baseline)
-        typer.echo(to_text(comparison))
-        if place := out or found:
-            written = write_comparison(comparison, _command(targets, baseline), place)
-            typer.echo("\nwritten: " + ", ".join(map(str, written)))
+        if len({target.endswith(".toml") for target in targets}) > 1:
+            raise ValueError("give suites or run folders, not both")
+        is_folder = len(targets) > 1 and targets[0].endswith(".toml")
+        if out is not None:  # fails now, not after hours of runs
+            (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
+        if not targets[0].endswith(".toml"):
+            _tell(compare_runs(load_runs(map(Path, targets)), baseline), targets, baseline, out)
+            return
+        failed = 0
+        for target, suite in [(target, _read_suite(target, baseline)) for target in targets]:
+            comparison, lost = _compare_suite(suite, workers or _num_cpus())
+            place = out / f"{Path(target).stem}.md" if out and is_folder else out
+            _tell(comparison, [target], baseline, place or suite.folder / "comparison.md")
+            failed += lost
         raise typer.Exit(1 if failed else 0)
 
 
-def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comparison, int, Path]:
-    """Run what a suite lacks, and compare; also the number of runs that failed, and where files go by default."""
+def _tell(comparison: Comparison, targets: Sequence[str], baseline: str | None, place: Path | None) -> None:
+    """Show a comparison, and write its files where there is a place for them."""
+    from flexfed.outputs import write_comparison
+    from flexfed.tables import to_text
+
+    typer.echo(to_text(comparison))
+    if place:
+        written = write_comparison(comparison, _command(targets, baseline), place)
+        typer.echo("\nwritten: " + ", ".join(map(str, written)))
+
+
+def _read_suite(target: str, baseline: str | None) -> Suite:
     from dataclasses import replace
 
+    from flexfed.suites import load_suite
+
+    suite = load_suite(Path(target), defaults(require_app(APP_DIR)))
+    return replace(suite, baseline=baseline) if baseline else suite
+
+
+def _compare_suite(suite: Suite, workers: int) -> tuple[Comparison, int]:
+    """Run what a suite lacks, and compare; also the number of runs that failed."""
     from flexfed.processes import signals_as_interrupt
-    from flexfed.suites import load_suite, suite_comparison, suite_runs, tuned, tuning_runs
+    from flexfed.suites import suite_comparison, suite_runs, tuned, tuning_runs
     from flexfed.workers import run_missing
 
     app_dir = require_app(APP_DIR)
     known = defaults(app_dir)
-    suite = load_suite(path, known)
-    suite = replace(suite, baseline=baseline) if baseline else suite
     with signals_as_interrupt():
         if tries := tuning_runs(suite, known):
             with _progress(tries) as on_done:
@@ -183,7 +199,7 @@ def _compare_suite(path: Path, workers: int, baseline: str | None) -> tuple[Comp
         runs = suite_runs(suite, known)
         with _progress(runs) as on_done:
             failed = run_missing(runs, workers, app_dir, on_done)
-    return suite_comparison(suite, runs), failed, suite.folder / "comparison"
+    return suite_comparison(suite, runs), failed
 
 
 @contextmanager

@@ -241,7 +241,8 @@ def test_compare_refuses_what_it_cannot_read(tmp_path):
     result = flexfed("compare", str(tmp_path))
     assert result.exit_code == 1
     assert "is no run folder" in result.output
-    assert "not both" in flexfed("compare", "a.toml", "b.toml").output
+    assert "not both" in flexfed("compare", "a.toml", "b").output
+    assert "none.toml" in flexfed("compare", "none.toml", "b.toml").output
 
 
 SUITE = 'name = "s"\nseeds = [1]\nbaseline = "a"\n[[row]]\nname = "a"\n[[row]]\nname = "b"\nflexfl.kd-weight = 0\n'
@@ -271,6 +272,11 @@ def test_compare_runs_what_a_suite_lacks(project, tmp_path, monkeypatch):
     assert flexfed("compare", str(project / "s.toml"), "--workers", "1").exit_code == 1
     (own,) = tmp_path.glob("**/s/comparison.html")
     assert own.with_suffix(".md").is_file()
+    (project / "t.toml").write_text(SUITE.replace('"s"', '"t"'))
+    both = [str(project / name) for name in ("s.toml", "t.toml")]
+    assert flexfed("compare", *both, "--workers", "1", "--out", str(tmp_path / "both")).exit_code == 1
+    assert "flexfed compare t.toml\n" in (tmp_path / "both" / "t.md").read_text()
+    assert (tmp_path / "both" / "s.html").is_file()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
