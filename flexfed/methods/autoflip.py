@@ -9,10 +9,17 @@ entry, nothing else. The mean over clients, made comparable within each tensor, 
 quantile of it is pruned (`flexfed.methods.autoflip_masks`); in the rounds clients train under that mask, and the server
 steps with momentum. The mask is the server's, so it travels down only, and only when it has changed.
 
-The paper's text could not be obtained: what follows its abstracts and its released code. The code's exploration runs
-all clients one after the other on one network and keeps the last one's weights only, and its clients never prune in
-the published setting; these defaults are the described algorithm, not the code's. Ours, and not known to be the
-authors':
+A masked network computes densely: only `structured` makes it smaller, faster and lighter to train; what is reported as
+`macs-forward` counts what is really computed. Exploration counts in round 1, and so in every total.
+
+`fedlex` is the sibling method, "Federated Loss Exploration for Improved Convergence on Non-IID Data" (arXiv 2506.18640,
+IJCNN 2024): no mask; from round 2 on clients multiply their gradients by the guidance before they are clipped. The
+guidance travels as float32 with every job, which doubles the download.
+
+Differences from the paper and its released code: the paper's text could not be obtained, what follows its abstracts and
+its code. The code's exploration runs all clients one after the other on one network and keeps the last one's weights
+only, and its clients never prune in the published setting; these defaults are the described algorithm, not the code's.
+Ours, and not known to be the authors':
 - The base of the deviations is the initial network for everybody, and clients reply with deviations, not weights.
 - Early stopping looks at an epoch's mean loss; the code's looks at its last batch.
 - Guards where a tensor has one value only, where the quantile is 0, and where all would be pruned.
@@ -27,13 +34,6 @@ authors':
 - Batch norm's running statistics never travel in this project: whoever evaluates computes them.
 - 10 epochs of exploration with a patience of 3 by default, because the published 150 and 40 would be most of a short
   run's work; configs/autoflip-*.toml have the published ones.
-
-A masked network computes densely: only `structured` makes it smaller, faster and lighter to train; what is reported as
-`macs-forward` counts what is really computed. Exploration counts in round 1, and so in every total.
-
-`fedlex` is the sibling method, "Federated Loss Exploration for Improved Convergence on Non-IID Data" (arXiv 2506.18640,
-IJCNN 2024): no mask; from round 2 on clients multiply their gradients by the guidance before they are clipped. The
-guidance travels as float32 with every job, which doubles the download.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Compressed local models: every device trains the global model as compressed as it needs it.
 
 "Towards a Federated Learning Framework for Heterogeneous Devices of Internet of Things" (Huanle Zhang, Jeonghoon Kim,
-arXiv 2105.14675, 2021). Only its abstract could be obtained, and there is no released code. The abstract says: a
-device's local model is the global model, compressed; the gradients of the compressed models update the global model,
-which stays uncompressed. *Nothing else here is the authors'*: which compressors, who gets which, how a gradient is
-mapped back, weights, steps and defaults are our choices, most of them after well-established work:
+arXiv 2105.14675, 2021). Its abstract says: a device's local model is the global model, compressed; the gradients of
+the compressed models update the global model, which stays uncompressed.
 
+Differences from the paper: only its abstract could be obtained, and there is no released code. *Nothing else here is
+the authors'*: which compressors, who gets which, how a gradient is mapped back, weights, steps and defaults are our
+choices, most of them after well-established work:
 - Tiers (`flexfed.methods.compressed_tiers`): magnitude pruning (Han et al., NeurIPS 2015), width (HeteroFL, Diao et
   al., ICLR 2021), 8- and 4-bit weights (`flexfed.codecs`; Jacob et al., CVPR 2018), pruned, then quantised. A device
   gets the first tier of the ladder that it can hold, as HeteroFL's discrete levels; see `memory`.

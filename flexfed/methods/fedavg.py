@@ -5,6 +5,11 @@ Agueera y Arcas, AISTATS 2017, https://arxiv.org/abs/1602.05629).
 
 `exclusive` is FedAvg among the devices whose nominal capacity holds the whole model, the others left out; `small`
 is FedAvg of one small model on every device. A method for unequal devices that beats neither does not pay.
+
+Differences from the paper:
+- `exclusive` and `small` are not in it.
+- With `fedavg` a device trains everything whatever its capacity; only its memory and the round's deadline leave it out.
+- Batch norm's running statistics never travel in this project: whoever evaluates computes them.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ up the differences of all clients' kept units. How many units is P-UCBV's choice
 `ratio-policy` works: "fixed" with `bandit.ratio = 0.5` is the ablation FLST (with `bandit.cap = "clip"`: the ratio is
 0.5 where a device can hold that), "level" (as many as the device's capability) is RCR.
 
-The paper's text could not be obtained: what follows its abstract and its released code. The code differs from the
-abstract in several places; these defaults are a corrected algorithm, not the authors' (the switches that come near
-the code are named):
+Differences from the paper and its released code: the paper's text could not be obtained, what follows its abstract and
+its code. The code differs from the abstract in several places; these defaults are a corrected algorithm, not the
+authors' (the switches that come near the code are named):
 - Scores learn from the data, by a straight-through estimator. In the code no gradient of the data reaches them, and
   a broadcast pulls them all to one mean, so its masks stay nearly the first units: `pattern = "ordered"` comes near.
 - Scores have an Adam of their own; with the weights' SGD (`score-optimizer = "shared-sgd"`) hardly anything is learned.

@@ -1,12 +1,15 @@
-"""FedStitch's knobs.
+"""FedStitch: clients score blocks of pre-trained networks, and the server stitches one for their task from them.
 
 "Heterogeneity-Aware Coordination for Federated Learning via Stitching Pre-trained blocks" (Zhan, Wu, Tian, Zhao, Li,
-IWQoS 2024, https://arxiv.org/abs/2409.07202). No released code is known, and of the paper only the abstract and
-summaries by others could be read: pre-trained networks are cut into blocks; each round the clients score candidates
-by CKA on their own data, without training; weights that reinforcement learning sets combine their choices; the server
-keeps shrinking the pool; and each client sets its frequencies for the least energy within the server's deadline. All
-that is more definite than that is a choice of ours, from StitchNet (https://arxiv.org/abs/2301.01947), "Deep Model
-Reassembly" (NeurIPS 2022) and others; `flexfed.stitching` says which. No table of the paper is reproduced.
+IWQoS 2024, https://arxiv.org/abs/2409.07202). Pre-trained networks are cut into blocks; each round the clients score
+candidates by CKA on their own data, without training; weights that reinforcement learning sets combine their choices;
+the server keeps shrinking the pool; and each client sets its frequencies for the least energy within the server's
+deadline.
+
+Differences from the paper: no released code is known, and of the paper only the abstract and summaries by others could
+be read. All that is more definite than what they say is a choice of ours, from StitchNet
+(https://arxiv.org/abs/2301.01947), "Deep Model Reassembly" (NeurIPS 2022) and others; the files of `flexfed.stitching`
+say which. No table of the paper is reproduced.
 """
 
 from __future__ import annotations

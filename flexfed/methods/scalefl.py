@@ -1,6 +1,7 @@
 """ScaleFL: narrow and short networks that end at early exits, which learn from the last one.
 
-"ScaleFL: Resource-Adaptive Federated Learning with Heterogeneous Clients" (Fatih Ilhan, Gong Su, Ling Liu, CVPR 2023).
+"ScaleFL: Resource-Adaptive Federated Learning with Heterogeneous Clients" (Fatih Ilhan, Gong Su, Ling Liu, CVPR 2023,
+https://openaccess.thecvf.com/content/CVPR2023/html/Ilhan_ScaleFL_Resource-Adaptive_Federated_Learning_With_Heterogeneous_Clients_CVPR_2023_paper.html).
 A level keeps the first share of every layer's channels, and everything up to one of the network's exits. Its loss
 weighs deeper exits more; after a quarter of the rounds the earlier ones also learn from the level's last.
 
