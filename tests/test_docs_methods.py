@@ -210,7 +210,10 @@ def test_what_it_cannot_write_is_an_error(copy: Path, file: str, before: str, af
         build.main([])
 
 
-def test_results_are_found_by_the_suites_that_they_name() -> None:
+def test_results_are_found_by_the_suites_that_they_name(tmp_path: Path) -> None:
+    both = tmp_path / "both.md"
+    both.write_text("`benchmarks/suites/main-job.toml` and benchmarks/suites/fedlps.toml", encoding="utf-8")
+    assert {"flexfl", "fedlps"} <= build.strategies_in(both)
     results = ROOT / "benchmarks" / "results"
     assert build.strategies_in(results / "main-job.md") == {"exclusive", "small", "heterofl", "fedrolex", "flexfl"}
     assert {"compressed", "heterofl", "fedavg"} <= build.strategies_in(results / "compressed-claim.md")
