@@ -19,7 +19,7 @@ Makes in FOLDER:
   -h         this help
 
 Nothing is overwritten: for a new server certificate move server.* away and run this again. Private keys are readable
-by you alone. ca.key and the keys of others belong on no device: see README.md beside this script.
+by you alone. ca.key and the keys of others belong on no device: see docs/deployment.md.
 END
 }
 

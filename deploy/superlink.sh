@@ -8,8 +8,8 @@ usage() {
 usage: superlink.sh [-H ADDRESS] [-p PORT] [-w FOLDER] FOLDER [OPTION...]
 
   FOLDER      has ca.crt, server.pem and server.key, made by certificates.sh
-  -H ADDRESS  to listen at (127.0.0.1: this machine only); 0.0.0.0 for all. Read in README.md beside this script who
-              may then submit runs.
+  -H ADDRESS  to listen at (127.0.0.1: this machine only); 0.0.0.0 for all. Read in docs/deployment.md who may then
+              submit runs.
   -p PORT     to listen at (8000)
   -w FOLDER   where its database and its working directory are (superlink in the first FOLDER)
   -h          this help
