@@ -1,0 +1,173 @@
+"""The README and the pages of docs/: links lead somewhere, lists are complete, and the method of one page works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from pages import PAGES, blocks_of, commands_of, edited, headings_of, links_of, name_of, prose_of
+from toy import ROOT
+
+from flexfed.data import PARTITIONS
+from flexfed.data.sources import BUILT_IN
+from flexfed.devices import FLEETS, DeviceClass, declared
+from flexfed.models import MODELS
+from flexfed.rivals import BANDITS
+from strategies.federated import FederatedStrategy
+from strategies.levels import LevelStrategy
+from strategies.widths import WidthStrategy
+
+ADDING = ROOT / "docs" / "adding-a-method.md"
+pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+# --- words and links ----------------------------------------------------------------------------------------------
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links_of(page):
+        file, _, heading = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{name_of(page)} links to {link}"
+        assert not heading or heading in headings_of(target), f"{name_of(page)} links to {link}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    expected = {path.name for path in index.parent.glob("*.md")} - {index.name} | {"methods/README.md"}
+    assert expected <= set(links_of(index))
+
+
+def test_the_readme_is_a_screen_and_a_half() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+@pages
+def test_files_that_are_named_are_there(page: Path) -> None:
+    rooms = "flexfed|strategies|tests|docs|deploy|benchmarks|configs"
+    made = {block.file for block in blocks_of(page)}
+    for name in re.findall(rf"`((?:{rooms})/[\w./-]*)`", prose_of(page)):
+        assert name in made or (ROOT / name).exists(), f"{name_of(page)} names {name}"
+
+
+def keys_of_a_device() -> set[str]:
+    """What a node-config may say of a device, as `declared` tells."""
+    told = re.search(r"The keys: (.*?)\.", str(declared.__doc__), re.DOTALL)
+    assert told
+    return set(re.split(r",\s+", told[1]))
+
+
+COMPLETE: Mapping[str, tuple[str, Callable[[], set[str]]]] = {
+    "fleets": ("docs/devices.md", lambda: {path.stem for path in FLEETS.glob("*.toml")}),
+    "ratio policies": ("docs/devices.md", lambda: {"level", "budget", *BANDITS}),
+    "device keys": ("docs/deployment.md", keys_of_a_device),
+    "partitions": ("docs/data.md", lambda: set(PARTITIONS)),
+    "data sets": ("docs/data.md", lambda: set(BUILT_IN)),
+    "networks": ("docs/data.md", lambda: set(MODELS)),
+}
+"""What a page lists -> the page, and the names that it should have."""
+
+
+@pytest.mark.parametrize("what", list(COMPLETE))
+def test_lists_are_complete(what: str) -> None:
+    page, names = COMPLETE[what]
+    told = set(re.findall(r"`([^`=]+?)(?:=[^`]*)?`", prose_of(ROOT / page)))
+    assert names() - told == set()
+
+
+def test_the_example_of_a_fleet_has_every_key() -> None:
+    (block,) = (block for block in blocks_of(ROOT / "docs" / "devices.md") if block.file == "my-fleet.toml")
+    for field in DeviceClass.__dataclass_fields__:
+        assert field.replace("_", "-") in block.text
+
+
+def test_questions_that_the_page_on_methods_names_are_asked() -> None:
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+)(?:, \.\.\.)? \|", prose_of(ADDING), re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"\w+", row)}
+    parents = re.findall(r"^\| `(\w+Strategy)` \|.*\| (.*) \|$", prose_of(ADDING), re.MULTILINE)
+    known = {kind.__name__: kind for kind in (*WidthStrategy.__mro__, *LevelStrategy.__mro__, FederatedStrategy)}
+    assert {"levels", "assign", "part_of", "finish", "observe"} <= names
+    for name in names - {parent for parent, _ in parents} - {"Layout", "Submodel", "Job", "Task", "Update"}:
+        assert hasattr(WidthStrategy, name), name
+    assert len(parents) == 4
+    for parent, asked in parents:
+        for name in re.findall(r"`(\w+)`", asked):
+            assert hasattr(known[parent], name), (parent, name)
+
+
+# --- the method of the page on adding one --------------------------------------------------------------------------
+
+TESTED = ["tests/test_feddropout.py", "tests/test_contract.py", "tests/test_config.py", "tests/test_ratios.py"]
+CHOSEN = "feddropout or same_names or pyproject_holds or any_width"
+LISTED = """
+import sys
+from typer.testing import CliRunner
+from flexfed import cli
+from flexfed.methods import METHODS
+from strategies import STRATEGIES
+assert cli.__file__.startswith(sys.argv[1]), cli.__file__
+assert "feddropout" in METHODS and "feddropout" in STRATEGIES
+refused = CliRunner().invoke(cli.app, ["run", "-c", "strategy='nobody'"])
+assert "feddropout" in refused.output, refused.output
+"""
+SMALLER = "num-server-rounds=2 local-epochs=1 batch-size=32 test-samples=50"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The app with what the page adds: its files written, its edits made, in the order of the page."""
+    root = tmp_path_factory.mktemp("app")
+    for name in ("flexfed", "strategies", "configs", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("client_app.py", "server_app.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, root / name)
+    for block in blocks_of(ADDING):
+        file = root / block.file
+        if block.language == "python":
+            assert not file.exists(), block.place
+            file.write_text(block.text, encoding="utf-8")
+        elif block.language == "diff":
+            file.write_text(edited(file.read_text(encoding="utf-8"), block.text), encoding="utf-8")
+    return root
+
+
+def python(root: Path, *words: str) -> str:
+    """What Python says in the copy; it must exit with 0."""
+    env = {**os.environ, "PYTHONPATH": str(root), "HOME": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=env, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_the_method_of_the_page_keeps_what_every_method_promises(copy: Path) -> None:
+    """Two rounds of it and their record (`test_contract.py`), what it says of its own widths, and its own tests."""
+    said = python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTED, "-k", CHOSEN)
+    passed = re.search(r"^(\d+) passed, \d+ deselected", said, re.MULTILINE)
+    assert passed, said
+    assert int(passed[1]) >= 22, said
+
+
+def test_the_method_of_the_page_is_listed_and_its_commands_run(copy: Path) -> None:
+    python(copy, "-c", LISTED, str(copy))
+    shown = [command for block in blocks_of(ADDING) if block.language == "bash" for command in commands_of(block)]
+    assert len(shown) >= 2
+    for command in shown:
+        assert command.words[:3] == ["flexfed", "run", "--in-process"]
+        said = python(copy, "-m", "flexfed.cli", *command.words[1:], "-c", SMALLER)
+        assert "feddropout · digits · cnn · seed 1 · 2 rounds" in said
+    assert len(list((copy / ".flexfed" / "runs").iterdir())) == len(shown)
+
+
+def test_the_code_of_the_page_is_in_order(copy: Path) -> None:
+    """As the linter has it for all that is here."""
+    made = [block.file for block in blocks_of(ADDING) if block.file.endswith(".py")]
+    for order in (["check"], ["format", "--check"]):
+        python(copy, "-m", "ruff", *order, "--no-cache", *made)
