@@ -270,7 +270,7 @@ def test_code_that_is_shown_works(stage: Stage) -> None:
 
 @pytest.mark.slow
 def test_the_fleet_of_the_page_on_deployment(tmp_path: Path) -> None:
-    """As it stands, but for the ports, which others may have: three devices, three rounds, a size for each."""
+    """As it stands, but for the ports, which others may have: three rounds, in which every size is trained."""
     (block,) = (b for b in SHOWN if b.page == "docs/deployment.md" and b.file == "" and "superlink.sh" in b.text)
     port, own = free_ports(2)
     places = {"superlink.sh ~": f"superlink.sh -p {port} ~", "localhost:8000": f"localhost:{port}", "9100": str(own)}
