@@ -106,6 +106,16 @@ def test_every_number_stands_in_the_results_that_its_paragraph_links_to(page: Pa
             assert found, f"{page.name}: {number} is in none of {[file.name for file in files]}: {paragraph}"
 
 
+def test_every_number_of_the_page_of_results_stands_in_a_file_that_its_row_links_to() -> None:
+    page = ROOT / "docs" / "results.md"
+    rows = [line.split("|")[1:-1] for line in text_of(page).splitlines() if re.match(r"\|.*benchmarks/results/", line)]
+    assert len(rows) > 8
+    for _, _, *measured in rows:  # the first two say what a paper claims
+        told = " ".join(text_of(page.parent / target) for target in links(measured[-1]))
+        for number in re.findall(r"\d+\.\d+", measured[0]):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", told), f"{number}: {measured}"
+
+
 @pages
 def test_commands_are_read(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
