@@ -14,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from flexfed import compute
 from flexfed.batchnorm import collect_sums, pack_sums
 from flexfed.client_state import known_masks, load_state, save_state, state_folder, with_masks
 from flexfed.config import Experiment
@@ -67,7 +68,8 @@ def profile(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the part that came, by the run's method; private state is saved before the reply leaves.
 
-    The reply says how many seconds of processor time training took, summed over the threads of this process.
+    The reply says how many seconds training took: of processor time, summed over the threads of this process; on a
+    GPU, by the clock.
     """
     task, data = _work(message, context)
     state = _state(message, context)
@@ -106,11 +108,13 @@ def answer(message: Message, context: Context) -> Message:
         raise ValueError(f"{experiment.settings.strategy} has no phase {kind!r}; it has {', '.join(phases) or 'none'}")
     device = _device(context).in_round(int(_config(message)["round"]), experiment.settings.seed)
     question = read_question(message.content, device, _state(message, context))
-    began = time.process_time()
-    found = phases[kind](question, experiment.method, data)
+    place = compute.torch_device(_torch_device(context))
+    seconds = _clock(place)
+    began = seconds()
+    found = phases[kind](question, experiment.method, data.to(place))
     if found.state:
         save_state(_state_folder(message, context), int(_config(message)["step"]), found.state, _base(message))
-    metrics = {**found.metrics, "seconds": time.process_time() - began}
+    metrics = {**found.metrics, "seconds": seconds() - began}
     return Message(answer_content(replace(found, metrics=metrics)), reply_to=message)
 
 
@@ -120,10 +124,16 @@ for _kind in sorted({kind for method in METHODS.values() for kind in method.phas
 
 
 def _timed(work: LocalUpdate, job: Job, task: Task, data: ClientData) -> Update:
-    """The update, and the seconds of processor time that it took."""
-    began = time.process_time()
+    """The update, and the seconds that it took."""
+    seconds = _clock(task.place)
+    began = seconds()
     update = work(job, task, data)
-    return replace(update, metrics={**update.metrics, "seconds": time.process_time() - began})
+    return replace(update, metrics={**update.metrics, "seconds": seconds() - began})
+
+
+def _clock(place: torch.device) -> Callable[[], float]:
+    """What measures work: on the CPU processor time, which neighbours do not change; on a GPU no such thing exists."""
+    return time.process_time if place.type == "cpu" else time.perf_counter
 
 
 @app.evaluate()
@@ -166,7 +176,8 @@ def statistics(message: Message, context: Context) -> Message:
 def _work(message: Message, context: Context) -> tuple[Task, ClientData]:
     """What every job needs: the network as the server has it, and this client's normalised data."""
     data, config = _data_of(message, context), _config(message)
-    return _task(_key(context), int(config["num-classes"]), tuple(config["input-shape"])), data
+    task = _task(_key(context), int(config["num-classes"]), tuple(config["input-shape"]))
+    return replace(task, torch_device=_torch_device(context)), data
 
 
 def _data_of(message: Message, context: Context) -> ClientData:
@@ -174,6 +185,7 @@ def _data_of(message: Message, context: Context) -> ClientData:
     config = _config(message)
     check_code(config)
     torch.set_num_threads(_experiment(context).settings.torch_threads)
+    compute.use(_torch_device(context))
     mean, std = tuple(config["input-mean"]), tuple(config["input-std"])
     return _data(_key(context), *_place(context), _data_path(context), mean, std)
 
@@ -245,6 +257,11 @@ def _place(context: Context) -> tuple[int, int]:
         raise ValueError(
             f"the node-config lacks {missing}; start the SuperNode with --node-config 'partition-id=0 num-partitions=3'"
         ) from missing
+
+
+def _torch_device(context: Context) -> str:
+    """Where networks compute on this client: as its node-config says, else as the run does."""
+    return str(context.node_config.get("torch-device", _experiment(context).settings.torch_device))
 
 
 def _data_path(context: Context) -> str:

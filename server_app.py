@@ -17,6 +17,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from flexfed.compare import find_comparable
+from flexfed.compute import use
 from flexfed.config import Experiment
 from flexfed.data import ServerData, check_partition, load_server, normalisation, normalise
 from flexfed.devices import load_fleet
@@ -107,6 +108,7 @@ def run_one(
         _show(resumed.folder)
         return resumed.folder.path, {}
     torch.set_num_threads(settings.torch_threads)
+    use(settings.torch_device)
     load_fleet(settings.fleet)
     kind = STRATEGIES[settings.strategy]
     raw = load_server(experiment.data)

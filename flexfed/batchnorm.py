@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flexfed.compute import place_of
 from flexfed.units import Arrays
 
 Definition = Literal["batches", "pooled"]
@@ -71,7 +72,8 @@ def collect_sums(model: nn.Module, batches: Iterable[Tensor], definition: Defini
 
     Args:
         model: the network of the size that is to be evaluated.
-        batches: inputs, each (n, ...). One that leaves a layer fewer than two values per channel is skipped.
+        batches: inputs, each (n, ...), moved to the network's device. One that leaves a layer fewer than two values
+            per channel is skipped.
         definition: see `BatchNormSums`.
     """
     sums = _nothing(model, definition)
@@ -128,7 +130,7 @@ def apply_statistics(model: nn.Module, found: Statistics) -> None:
         if name not in layers or any(m.shape != (layers[name].num_features,) for m in moments):
             expected = f"{layers[name].num_features} channels" if name in layers else "no such layer"
             raise ValueError(f"statistics for batch norm {name!r}: expected {expected}, got {moments[0].shape}")
-    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+    device = place_of(model)
     for name, (mean, variance) in found.items():
         layer = layers[name]
         layer.running_mean = torch.tensor(mean, dtype=torch.float32, device=device)
@@ -232,7 +234,7 @@ def _sums_of_batch(model: nn.Module, batch: Tensor, definition: Definition) -> B
 
     handles = [layer.register_forward_pre_hook(look(name)) for name, layer in _norms(model).items()]
     try:
-        model(batch)
+        model(batch.to(place_of(model)))
     except _TooFewValuesError:
         return _nothing(model, definition)
     finally:

@@ -13,7 +13,7 @@ from flexfed.runs import Run, find_runs, leaves_devices_out, load_run
 
 # Keys that say which method runs, where files lie and how the machine is used: not what is compared on.
 METHOD_KEYS = frozenset({"strategy", "ratio-policy"})
-PLACE_KEYS = frozenset({"runs-dir", "state-dir", "resume", "replies-in-flight", "torch-threads"})
+PLACE_KEYS = frozenset({"runs-dir", "state-dir", "resume", "replies-in-flight", "torch-device", "torch-threads"})
 
 
 # --- what may be compared -----------------------------------------------------------------------------------
@@ -213,7 +213,20 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     configs = [{**shared_config(run), "clients": _num_clients(run)} for row in rows for run in row.runs.values()]
     keys = sorted({key for config in configs for key in config} - {"seed"})
     differing = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
-    return [f"Rows differ in more than the method: {', '.join(differing)}."] if differing else []
+    told = [f"Rows differ in more than the method: {', '.join(differing)}."] if differing else []
+    return [*told, *device_notes(rows)]
+
+
+def device_notes(rows: Sequence[Row]) -> list[str]:
+    """A note where runs computed on different devices: the same seed then has other bits, and other seconds."""
+    on: dict[str, list[str]] = {}
+    for row in rows:
+        for place in sorted({str((run.summary or {}).get("torch-device", "cpu")) for run in row.runs.values()}):
+            on.setdefault(place, []).append(row.name)
+    if len(on) < 2:
+        return []
+    told = "; ".join(f"{place}: {', '.join(names)}" for place, names in on.items())
+    return [f"Runs computed on different devices ({told}): differences paired by seed hold those, too."]
 
 
 def load_runs(paths: Iterable[Path]) -> list[Run]:

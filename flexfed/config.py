@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flexfed.bandits import BanditConfig
 from flexfed.codecs import CODECS, PLAIN
+from flexfed.compute import check_device_name
 from flexfed.data import DataConfig
 from flexfed.jobs import Task
 from flexfed.methods import METHODS
@@ -78,6 +79,8 @@ class Settings:
         state_dir: where clients keep private state; '' = in the run folder. A node-config's own wins.
         resume: run folder to go on with, from its last checkpoint; '' = begin a new run. A finished run may get more
             rounds; its old last round stays evaluated, whatever `evaluate_every` says.
+        torch_device: where networks are trained and tested, on the server and on every client: 'cpu', 'cuda', 'cuda:1',
+            or 'auto', a GPU where there is one. A node-config's own wins (`flexfed.compute`).
         torch_threads: threads of torch on the server and on every client.
     """
 
@@ -105,6 +108,7 @@ class Settings:
     runs_dir: str = "~/.flexfed/runs"
     state_dir: str = ""
     resume: str = ""
+    torch_device: str = "cpu"
     torch_threads: int = 1
 
     def __post_init__(self) -> None:
@@ -114,6 +118,7 @@ class Settings:
         _one_of("reply-order", self.reply_order, REPLY_ORDER)
         _one_of("ratio-policy", self.ratio_policy, RATIO_POLICIES)
         _one_of("personal", self.personal, PERSONAL)
+        check_device_name(self.torch_device)
         if not 0 < self.fraction_train <= 1:
             raise ValueError(f"fraction-train must be in (0, 1], got {self.fraction_train}")
         if not 0 <= self.fraction_evaluate <= 1:
@@ -186,7 +191,8 @@ class Experiment:
         if exits is not None:
             factory = exits.of(factory, input_shape, num_classes)
         layout = self._layout(factory, input_shape)
-        return Task(factory, layout, input_shape, num_classes, self.training, self.method, exits)
+        torch_device = self.settings.torch_device
+        return Task(factory, layout, input_shape, num_classes, self.training, self.method, exits, torch_device)
 
     def _layout(self, factory: Factory, input_shape: tuple[int, ...]) -> Layout:
         try:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from flexfed.compute import place_of
 from flexfed.networks import Factory
 from flexfed.select import RatioGroup
 from flexfed.submodel import narrow
@@ -103,7 +104,7 @@ def apoz(model: nn.Module, batches: Iterable[Tensor]) -> list[ReluStatistics]:
 
     Args:
         model: in eval mode for the call, every module's mode restored after.
-        batches: inputs, each (n, ...), on the model's device.
+        batches: inputs, each (n, ...), moved to the model's device.
 
     Returns:
         One entry for each ReLU call of a forward pass, in call order.
@@ -140,7 +141,7 @@ def _zeros(model: nn.Module, inputs: Tensor) -> tuple[list[str], list[np.ndarray
         counts.append(zeros.double().cpu().numpy() / max(output[0, 0].numel(), 1))
 
     with torch.no_grad(), ReluCalls(model, observe):
-        model(inputs)
+        model(inputs.to(place_of(model)))
     return names, counts
 
 

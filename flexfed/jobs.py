@@ -11,6 +11,7 @@ import torch
 
 from flexfed.batchnorm import Statistics, apply_statistics
 from flexfed.codecs import PLAIN
+from flexfed.compute import free_gpu_memory, state_numbers, torch_device
 from flexfed.cost import forward_macs, memory_budget, testing_memory, training_macs, training_memory
 from flexfed.devices import Device
 from flexfed.exits import Exits
@@ -134,6 +135,7 @@ class Task:
     Attributes:
         factory: of the whole network, its exits included.
         exits: those that the method attached to it.
+        torch_device: name of the one on which networks compute here (`flexfed.compute.torch_device`).
     """
 
     factory: Factory
@@ -143,6 +145,16 @@ class Task:
     training: Training
     method: Any
     exits: Exits | None = None
+    torch_device: str = "cpu"
+
+    @property
+    def place(self) -> torch.device:
+        """Where networks compute here.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+        return torch_device(self.torch_device)
 
     def macs(self, submodel: Submodel) -> int:
         """Multiply-accumulates of one sample's forward pass through a part."""
@@ -157,8 +169,8 @@ class Task:
         return memory_budget(testing_memory(self.factory, self.layout, submodel, self.input_shape, TEST_BATCH))
 
     def network(self, arrays: Arrays) -> torch.nn.Module:
-        """A narrow network for training: batch norm uses the statistics of the batch."""
-        return use_batch_statistics(narrow(self.factory, arrays))
+        """A narrow network for training, on its device: batch norm uses the statistics of the batch."""
+        return use_batch_statistics(narrow(self.factory, arrays)).to(self.place)
 
 
 class Trained(NamedTuple):
@@ -186,8 +198,14 @@ def initial_arrays(task: Task, weights: str, seed: int) -> Arrays:
 def free_memory_of(device: Device, seed: int) -> float:
     """Bytes free at this moment: measured on a real device, drawn from a message's seed for a simulated one."""
     if device.measure_memory:
-        return float(free_memory())
+        return float(_measured_memory())
     return device.memory_now(np.random.default_rng([seed, 2]))
+
+
+def _measured_memory() -> int:
+    """Bytes free here; where a GPU computes, also on it: parts are received here, and copied there."""
+    on_gpu = free_gpu_memory()
+    return free_memory() if on_gpu is None else min(free_memory(), on_gpu)
 
 
 def require_memory(device: Device, part: Submodel, needed: Callable[[Submodel], int]) -> None:
@@ -203,7 +221,7 @@ def require_memory(device: Device, part: Submodel, needed: Callable[[Submodel], 
     """
     if not device.measure_memory:
         return
-    need, free = needed(part), free_memory()
+    need, free = needed(part), _measured_memory()
     if need > free:
         raise RuntimeError(f"out of memory: the part needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
 
@@ -222,8 +240,7 @@ def train_network(
     torch.manual_seed(job.seed)  # dropout
     learning_rate = task.training.rate_at(job.server_round)
     result = fit(model, samples, task.training, learning_rate, rng, loss, step, answering=answering)
-    arrays = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    return Trained(arrays, result.loss, result.num_samples, result.accuracy)
+    return Trained(state_numbers(model), result.loss, result.num_samples, result.accuracy)
 
 
 def make_update(
@@ -290,4 +307,4 @@ def evaluate_part_exits(
     model = task.network(arrays)
     if statistics is not None:
         apply_statistics(model, statistics)
-    return evaluate_exits(model, samples, batch_size)
+    return evaluate_exits(model, samples, batch_size, task.training.precision)

@@ -135,6 +135,8 @@ def refuse_other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None
     for key in ("num-classes", "input-shape", "input-mean", "input-std"):
         if before[key] != now[key]:
             raise ValueError(f"the run's data have changed: {key} was {before[key]}, is {now[key]}")
+    if (there := before.get("torch-device", now["torch-device"])) != now["torch-device"]:
+        log.warning("the run has computed on %s so far: on another device its bits differ", there)
     if before["code"] != now["code"]:
         log.warning(
             "the run was begun by other code (%s) than this (%s): its bits may differ", before["code"], now["code"]

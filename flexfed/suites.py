@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexfed.compare import PLACE_KEYS, Comparison, Row
+from flexfed.compare import PLACE_KEYS, Comparison, Row, device_notes
 from flexfed.overrides import (
     Scalar,
     check_known,
@@ -235,7 +235,7 @@ def finished_folder(run: SuiteRun) -> Path | None:
 def _finished_run(run: SuiteRun) -> Run | None:
     try:
         record = json.loads((run.folder / MARKER).read_text(encoding="utf-8"))
-        same = record["supernodes"] == run.supernodes and same_config(record["config"], run.config)
+        same = record["supernodes"] == run.supernodes and same_config(_with_new_keys(record["config"], run), run.config)
         found = load_run(run.folder / record["run"]) if same else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no marker, or damage
         return None
@@ -254,6 +254,11 @@ def begun_folder(run: SuiteRun) -> Path | None:
         except (ValueError, OSError):  # of another configuration, or damaged
             continue
     return None
+
+
+def _with_new_keys(recorded: Mapping[str, Scalar], run: SuiteRun) -> dict[str, Scalar]:
+    """What a run was, in the words of now: keys that it did not know yet have their defaults, as when runs go on."""
+    return {**{key: value for key, value in run.config.items() if key not in run.overrides}, **recorded}
 
 
 def same_config(recorded: Mapping[str, Scalar], expected: Mapping[str, Scalar]) -> bool:
@@ -303,6 +308,7 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
     notes += [*suite.notes, *([f"Runs still missing: {missing}."] if missing else [])]
     rows = [Row(*item) for item in found.items()]
+    notes += device_notes(rows)
     return Comparison(suite.name, rows, suite.baseline, suite.metrics, notes, suite.megabytes)
 
 

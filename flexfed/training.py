@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flexfed.compute import FLOAT32, PRECISIONS, computing, numbers, place_of
 from flexfed.networks import outputs, predicted
 
 OPTIMIZERS = ("sgd", "adam")
@@ -24,6 +25,10 @@ class Samples(NamedTuple):
     inputs: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> Samples:
+        """The same on a device; tensors that are there stay."""
+        return Samples(self.inputs.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Training:
@@ -33,6 +38,8 @@ class Training:
         learning_rate: of round 1; multiplied by `learning_rate_decay` after every round.
         clip_norm: gradients are scaled down to this norm; 0 = they are not.
         drop_last: leave out a last batch that is not full, where another remains.
+        precision: in which clients multiply while they train, and everybody while networks are tested: "float32" or
+            "bfloat16" (`flexfed.compute.computing`). What travels and what is averaged is float32 in any case.
     """
 
     learning_rate: float = 0.1
@@ -44,6 +51,7 @@ class Training:
     batch_size: int = 16
     clip_norm: float = 0.0
     drop_last: bool = True
+    precision: str = FLOAT32
 
     def __post_init__(self) -> None:
         for key, low in (("learning_rate", 0.0), ("learning_rate_decay", 0.0)):
@@ -57,6 +65,8 @@ class Training:
                 raise ValueError(f"{key.replace('_', '-')} must be at least {least}, got {getattr(self, key)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
 
     def rate_at(self, server_round: int) -> float:
         """Learning rate of a round, counted from 1."""
@@ -161,12 +171,12 @@ def fit(
     go_on: GoOn = always,
     answering: Sequence[nn.Module] = (),
 ) -> FitResult:
-    """Train a network in place, with a fresh optimiser.
+    """Train a network in place, where it is, with a fresh optimiser.
 
     Args:
         model: trained in place; put in train mode.
-        samples: at least two.
-        training: epochs, batch, optimiser.
+        samples: at least two; moved to the network's device, all at once.
+        training: epochs, batch, optimiser, precision.
         learning_rate: of this round.
         rng: draws the order of samples.
         loss: of one batch.
@@ -182,28 +192,41 @@ def fit(
         raise ValueError(f"training needs at least 2 samples, got {len(samples.labels)}")
     model.train()
     optimizer = build_optimizer(model, training, learning_rate)
+    place = place_of(model)
+    samples = samples.to(place)
     seen = 0
     right: list[float] = []
     with _LastOutput(answering or (model,)) as logits:
         for _ in range(training.local_epochs):
-            loss_sum = 0.0
-            in_epoch = correct = 0
+            losses: list[tuple[Tensor, int]] = []  # read when the epoch is over: a GPU need not wait at every batch
+            right_in: list[Tensor] = []
+            in_epoch = 0
             for batch in batches(samples, training.batch_size, rng, training.drop_last):
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(model, batch.inputs, batch.labels)
+                with computing(place, training.precision):
+                    value = loss(model, batch.inputs, batch.labels)
                 value.backward()  # type: ignore[no-untyped-call]
                 if training.clip_norm:
                     nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
                 step(optimizer)
-                loss_sum += float(value.detach()) * len(batch.labels)
-                correct += int((logits.value.argmax(1) == batch.labels).sum())
+                losses.append((value.detach(), len(batch.labels)))
+                right_in.append((logits.value.argmax(1) == batch.labels).sum())
                 in_epoch += len(batch.labels)
             seen += in_epoch
-            right.append(correct / in_epoch)
-            if not go_on(loss_sum / in_epoch):
+            right.append(int(torch.stack(right_in).sum()) / in_epoch)
+            mean_loss = _sum(losses) / in_epoch
+            if not go_on(mean_loss):
                 break
     optimizer.zero_grad(set_to_none=True)  # gradients are as large as the network
-    return FitResult(loss_sum / in_epoch, seen, float(np.mean(right)))
+    return FitResult(mean_loss, seen, float(np.mean(right)))
+
+
+def _sum(losses: Sequence[tuple[Tensor, int]]) -> float:
+    """Of batches' mean losses, each times its number of samples; in float64, one by one."""
+    total = 0.0  # not `sum`, which adds up floats in other ways from Python 3.12 on
+    for value, (_, num) in zip(numbers(torch.stack([value for value, _ in losses])).tolist(), losses, strict=True):
+        total += value * num
+    return total
 
 
 class _LastOutput:
@@ -244,12 +267,12 @@ def build_optimizer(model: nn.Module, training: Training, learning_rate: float) 
 def batches(
     samples: Samples, size: int, rng: np.random.Generator | None = None, drop_last: bool = False
 ) -> Iterator[Samples]:
-    """Batches of `size`, in order or shuffled.
+    """Batches of `size`, in order or shuffled, where the samples are.
 
     A last batch of one sample is left out where another batch remains: batch norm has no variance there.
     """
     num = len(samples.labels)
-    order = torch.from_numpy(np.arange(num) if rng is None else rng.permutation(num))
+    order = torch.from_numpy(np.arange(num) if rng is None else rng.permutation(num)).to(samples.inputs.device)
     for start in range(0, num, size):
         index = order[start : start + size]
         short = len(index) < size
@@ -259,24 +282,33 @@ def batches(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, samples: Samples, batch_size: int = 128) -> Evaluation:
-    """Test a network in eval mode, in the order given; the mode it was in is restored."""
-    return evaluate_exits(model, samples, batch_size)[0]
+def evaluate(model: nn.Module, samples: Samples, batch_size: int = 128, precision: str = FLOAT32) -> Evaluation:
+    """Test a network in eval mode, where it is, in the order given; the mode it was in is restored."""
+    return evaluate_exits(model, samples, batch_size, precision)[0]
 
 
 @torch.no_grad()
-def evaluate_exits(model: nn.Module, samples: Samples, batch_size: int = 128) -> list[Evaluation]:
+def evaluate_exits(
+    model: nn.Module, samples: Samples, batch_size: int = 128, precision: str = FLOAT32
+) -> list[Evaluation]:
     """The same of the network's prediction, and behind it of each of its exits, the shallowest first, if it has any."""
     training = model.training
     model.eval()
+    place = place_of(model)
     found: list[Evaluation] = []
-    for batch in batches(samples, batch_size):
-        logits = outputs(model, batch.inputs)
+    for batch in batches(samples.to(place), batch_size):
+        with computing(place, precision):
+            logits = tuple(map(_whole, outputs(model, batch.inputs)))
         tested = [predicted(model, logits), *logits] if len(logits) > 1 else [*logits]
         own = [_tested(each, batch.labels) for each in tested]
         found = [a + b for a, b in zip(found, own, strict=True)] if found else own
     model.train(training)
     return found or [Evaluation(0, 0.0, 0)]
+
+
+def _whole(logits: Tensor) -> Tensor:
+    """Logits in which a loss can be summed up."""
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def _tested(logits: Tensor, labels: Tensor) -> Evaluation:

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flexfed.checkpoint import Checkpoint
+from flexfed.compute import described, torch_device
 from flexfed.config import Experiment
 from flexfed.data import DatasetInfo, ServerData
 from flexfed.devices import Device
@@ -56,6 +57,7 @@ class FederatedStrategy(Strategy):
         federation: who is out there; its devices are nominal.
         devices: those that are there in this round, as they are in it.
         record: of this round.
+        place: where the server's networks compute.
         asked: jobs of the whole run; `accepted` are valid replies.
     """
 
@@ -84,6 +86,7 @@ class FederatedStrategy(Strategy):
         self._begun = False
         self._offset = resumed.server_round if resumed else 0  # Flower's `start` counts from 1 again
         self.record = RoundRecord(self._offset)
+        self.place = torch_device(self.settings.torch_device)
         if resumed is not None:
             self.asked, self.accepted = resumed.facts["asked"], resumed.facts["accepted"]
 
@@ -172,10 +175,17 @@ class FederatedStrategy(Strategy):
             "model": self.settings.model,
             "clients": self.federation.num_partitions,
             "code": code_fingerprint(),
+            "torch-device": self._torch_devices(),
             "asked": self.asked,
             "accepted": self.accepted,
             **self.transform,
         }
+
+    def _torch_devices(self) -> str:
+        """What the run has computed on so far, the device of now last: a run may go on elsewhere."""
+        before = self._resumed.facts.get("torch-device", "") if self._resumed else ""
+        known, now = before.split(", then ") if before else [], described(self.place)
+        return ", then ".join([*known, now] if known[-1:] != [now] else known)
 
     @property
     def is_over(self) -> bool:
@@ -204,6 +214,7 @@ class FederatedStrategy(Strategy):
             "model": self.settings.model,
             "dataset": self.experiment.data.dataset,
             "seed": self.settings.seed,
+            "torch-device": self._torch_devices(),
             "clients": len(self.federation.devices),
         }
 

@@ -158,7 +158,7 @@ class StitchRun(FederatedStrategy):
     def _measured(self, at: Construction) -> dict[str, float]:
         """Accuracy of the whole network on the server's test samples."""
         model = fill(build_stitched(self.task, at.path.ids, self.server.info.num_classes), self._network(at))
-        result = evaluate(model.eval(), self.server.test, TEST_BATCH)
+        result = evaluate(model.eval().to(self.place), self.server.test, TEST_BATCH)
         names = ("accuracy", "accuracy-levels", "accuracy-stitched")
         return {**dict.fromkeys(names, result.accuracy), "loss": result.loss_sum / result.num_samples}
 

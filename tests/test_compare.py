@@ -11,6 +11,7 @@ from flexfed.compare import (
     Row,
     comparable,
     compare_runs,
+    device_notes,
     find_comparable,
     load_runs,
     mean_and_deviation,
@@ -37,7 +38,13 @@ def row(name, *accuracies, seeds=(1, 2, 3)):
 
 
 def test_runs_that_differ_in_the_method_only_are_comparable():
-    other = {"runs-dir": "/y", "flexfl.kd-weight": 3, "ratio-policy": "p-ucbv", "torch-threads": 2}
+    other = {
+        "runs-dir": "/y",
+        "flexfl.kd-weight": 3,
+        "ratio-policy": "p-ucbv",
+        "torch-threads": 2,
+        "torch-device": "cuda",
+    }
     assert comparable(run(), run("exclusive", config=other))
 
 
@@ -107,6 +114,15 @@ LAST10, PARTS, DIFFERENCE, VERDICT, COST = (
     "t-test",
     "Cost of a run",
 )
+
+
+def test_rows_that_ran_on_different_devices_are_named():
+    one, other, third = (row(name, 0.5, 0.6) for name in "abc")
+    runs = {seed: replace(run, summary={**run.summary, "torch-device": "cuda (X)"}) for seed, run in other.runs.items()}
+    assert device_notes([one, third]) == [], "runs of older code ran on the CPU"
+    assert device_notes([Row("b", runs)]) == []
+    (note,) = device_notes([one, Row("b", runs), Row("c", {**third.runs, 2: runs[2]})])
+    assert note.startswith("Runs computed on different devices (cpu: a, c; cuda (X): b, c)")
 
 
 def cell(comparison, table, name, column):

@@ -118,8 +118,12 @@ def test_a_marked_run_counts_until_the_configuration_changes(suite):
     assert finished_folder(run) is None
     folder = pretend_finished(run)
     assert finished_folder(run) == folder
-    changed = suite_runs(suite, {**KNOWN, "strategy": "x", "learning-rate": 1.0})[0]
-    assert finished_folder(changed) is None
+    changed = suite_runs(suite, {**KNOWN, "flexfl.kd-weight": 1.0, "num-server-rounds": 5})[0]
+    assert finished_folder(changed) is None  # whose knob it is does not matter: the run knew it
+    newer = {**KNOWN, "learning-rate": 1.0}  # a key that did not exist then
+    assert finished_folder(suite_runs(suite, newer)[0]) == folder
+    rows = {**suite.rows, "exclusive": {**suite.rows["exclusive"], "learning-rate": 0.5}}
+    assert finished_folder(suite_runs(replace(suite, rows=rows), newer)[0]) is None
     (folder / "summary.json").unlink()
     assert finished_folder(run) is None
 

@@ -7,7 +7,7 @@ each row is decoded once, so a worker that serves many clients pays once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -78,6 +78,12 @@ class ClientData:
     test: Samples
     labels: tuple[int, ...]
     info: DatasetInfo
+
+    def to(self, device: torch.device) -> ClientData:
+        """The same on a torch device; tensors that are there stay."""
+        validation = self.validation.to(device)
+        test = validation if self.test is self.validation else self.test.to(device)
+        return replace(self, train=self.train.to(device), validation=validation, test=test)
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:

@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flexfed.compute import state_numbers
 from flexfed.cost import training_macs
 from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.autoflip_masks import Normalise, squared_deviations
@@ -249,8 +250,7 @@ def explore(job: Job, task: Task, data: ClientData) -> Update:
     rng = np.random.default_rng(job.seed)
     result = fit(model, data.train, task.training, task.training.learning_rate, rng, go_on=patience)
     found = Submodel(job.submodel.units, prunable_tensors(task))
-    end = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
-    moved = squared_deviations({n: a for n, a in job.arrays.items() if found.holds(n)}, end)
+    moved = squared_deviations({n: a for n, a in job.arrays.items() if found.holds(n)}, state_numbers(model))
     macs = training_macs(task.macs(job.submodel), result.num_samples)
     metrics = {"macs": float(macs), "epochs": float(patience.epochs), "train-loss": result.loss}
     return Update(found, flatten(task.layout, found, moved), float(len(data.train.labels)), metrics)
@@ -288,7 +288,9 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
 
 def masked_step(model: nn.Module, masks: Mapping[str, np.ndarray]) -> Step:
     """Mask the gradients, step, mask the weights: whatever the optimiser remembers, nothing leaks."""
-    left_out = [(p, torch.from_numpy(~masks[name])) for name, p in model.named_parameters() if name in masks]
+    left_out = [
+        (p, torch.from_numpy(~masks[name]).to(p.device)) for name, p in model.named_parameters() if name in masks
+    ]
 
     def step(optimizer: torch.optim.Optimizer) -> None:
         for parameter, away in left_out:
@@ -324,5 +326,5 @@ def scale_gradients(model: nn.Module, guidance: Mapping[str, np.ndarray]) -> Non
     """Multiply every gradient by the guidance as soon as it is computed: before it is clipped."""
     for name, parameter in model.named_parameters():
         if name in guidance:
-            factor = torch.from_numpy(guidance[name].copy())
+            factor = torch.from_numpy(guidance[name].copy()).to(parameter.device)
             parameter.register_hook(factor.mul)  # type: ignore[no-untyped-call]

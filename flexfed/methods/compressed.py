@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flexfed.codecs import CODECS, largest_code, quantise, scale_of
+from flexfed.compute import numbers
 from flexfed.cost import part_bytes
 from flexfed.jobs import Job, Part, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.compressed_server import pseudo_gradient
@@ -223,9 +224,9 @@ class CompressedNetwork:
         self._scales: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
             if bits < 32 and parameter.ndim > 1:  # the very scale that the server decoded with
-                self._scales[name] = torch.tensor(scale_of(parameter.detach().numpy(), bits))
+                self._scales[name] = torch.tensor(scale_of(numbers(parameter), bits))
             if name in masks and parameter.requires_grad:  # before gradients are clipped, and whatever the optimiser
-                mask = torch.from_numpy(np.array(masks[name]))
+                mask = torch.from_numpy(np.array(masks[name])).to(parameter.device)
                 parameter.register_hook(partial(torch.mul, mask))  # type: ignore[no-untyped-call]
 
     def loss(self, base: Loss = cross_entropy) -> Loss:
@@ -301,4 +302,4 @@ class MeanGradient:
 
     def result(self) -> Arrays:
         """Tensor -> mean gradient over the samples seen."""
-        return {name: (total / self._seen).numpy() for name, total in self._sums.items()}
+        return {name: numbers(total / self._seen) for name, total in self._sums.items()}

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flexfed.compute import place_of, tensors_on
 from flexfed.cost import part_bytes
 from flexfed.exits import Exits, depth_keys
 from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
@@ -248,7 +249,7 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     start = {n: p.detach().clone() for n, p in model.named_parameters()} if alpha else {}
     own = named(job.state) if alpha else {}
     # On the same memory: no second g_m, which `memory_beside` does not count.
-    pulls = {name: torch.from_numpy(own[name]) for name in learned if name in own}
+    pulls = tensors_on(place_of(model), {name: own[name] for name in learned if name in own})
     weight = consistency_weight(job.server_round - 1, config.ramp_rounds) if config.distillation else 0.0
 
     def loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

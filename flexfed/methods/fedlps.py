@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from flexfed.compute import numbers, place_of
 from flexfed.cost import part_bytes
 from flexfed.jobs import Job, Part, Task, Trained, Update, make_update, require_memory, shrink, train_network
 from flexfed.methods.fedlps_masked import MaskedNetwork
@@ -235,9 +236,9 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
         require_memory(job.device, job.submodel, task.memory_to_train)
         trained = _train_narrow(job, task, data, job.submodel, job.arrays, None)
         return make_update(job, task, job.submodel, job.arrays, trained, weight)
-    learner = ScoreLearner(_scores(job, task), task, task.training.rate_at(job.server_round))
+    learner = ScoreLearner(_scores(job, task).to(task.place), task, task.training.rate_at(job.server_round))
     update = (_masked_update if config.is_masked else _narrow_update)(job, task, data, learner, weight)
-    told = {"ranking": ranking_of(task.layout, learner.scores.values.numpy())} if config.is_told else {}
+    told = {"ranking": ranking_of(task.layout, numbers(learner.scores.values))} if config.is_told else {}
     return replace(update, state=learner.scores.arrays(), told=told)
 
 
@@ -255,7 +256,7 @@ def _narrow_update(job: Job, task: Task, data: ClientData, learner: ScoreLearner
     submodel, arrays = job.submodel, job.arrays
     if not task.method.is_told:
         ratio = float(str(job.config["ratio"]))
-        submodel = top(task.layout, learner.scores.values.numpy(), ratio, "floor")
+        submodel = top(task.layout, numbers(learner.scores.values), ratio, "floor")
         arrays = shrink(task.layout, job.submodel, submodel, job.arrays)
     require_memory(job.device, submodel, task.memory_to_train)
     trained = _train_narrow(job, task, data, submodel, arrays, learner)
@@ -268,7 +269,7 @@ def _train_narrow(
     model = task.network(arrays)
     start = {n: p.detach().clone() for n, p in model.named_parameters()} if task.method.prox else {}
     rows = Rows(task.layout, submodel, model, vectors=True)
-    active = torch.from_numpy(submodel.units.copy())
+    active = torch.from_numpy(submodel.units.copy()).to(place_of(model))
 
     products: dict[str, Tensor] = {}  # tensor -> sums over units; of the loss alone, not clipped, without the term
 
@@ -287,7 +288,9 @@ def _train_narrow(
         if learner is not None:
             with torch.no_grad():
                 tensors = dict(model.named_parameters())
-                total = sum((products[n] for n in tensors if n in products), torch.zeros(rows.num_units))
+                total = sum(
+                    (products[n] for n in tensors if n in products), torch.zeros(rows.num_units, device=active.device)
+                )
                 learner.learn(total, unit_norms(rows, tensors), active, active)
         optimizer.step()
 

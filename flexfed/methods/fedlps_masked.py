@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from flexfed.compute import numbers, place_of
 from flexfed.methods.fedlps_scores import Rows, ScoreLearner, unit_norms
 from flexfed.select import top
 from flexfed.submodel import full
@@ -57,8 +58,8 @@ class MaskedNetwork:
 
     def _take_mask(self) -> None:
         """Keep the units with the highest scores."""
-        self.units = top(self._task.layout, self._learner.scores.values.numpy(), self._ratio, "floor").units
-        self._active = torch.from_numpy(self.units.copy())
+        self.units = top(self._task.layout, numbers(self._learner.scores.values), self._ratio, "floor").units
+        self._active = torch.from_numpy(self.units.copy()).to(place_of(self.model))
 
     def loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the masked network, and the proximal term."""
@@ -96,13 +97,17 @@ class MaskedNetwork:
 
     def _entry_mask(self, name: str) -> Tensor:
         """Bool, entries that may move in this batch."""
-        mask = self._row_mask(name) if name in self._rows.places else torch.ones((), dtype=torch.bool)
+        mask = (
+            self._row_mask(name)
+            if name in self._rows.places
+            else torch.ones((), dtype=torch.bool, device=self._active.device)
+        )
         axes = self._task.layout.axes[name]
         if self._task.method.mask_bias and len(axes) > 1 and axes[1] is not None:
-            columns = self._active[torch.from_numpy(axes[1])]
+            columns = self._active[torch.from_numpy(axes[1]).to(self._active.device)]
             mask = mask & columns.view(1, -1, *[1] * (len(axes) - 2))
         return mask
 
     def mask_of(self, name: str) -> np.ndarray:
         """The rows of a tensor that the last mask kept, as bool that broadcasts to its shape."""
-        return self._row_mask(name).numpy() if name in self._rows.places else np.ones((), dtype=bool)
+        return numbers(self._row_mask(name)) if name in self._rows.places else np.ones((), dtype=bool)

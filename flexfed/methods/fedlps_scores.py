@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexfed.compute import numbers, place_of
 from flexfed.submodel import Submodel, axes_cut
 from flexfed.units import Arrays, Layout, out_axis
 
@@ -44,7 +45,11 @@ class Scores:
 
     def arrays(self) -> Arrays:
         """For the client's private state."""
-        return {f"scores/{name}": getattr(self, name).numpy() for name in _FIELDS}
+        return {f"scores/{name}": numbers(getattr(self, name)) for name in _FIELDS}
+
+    def to(self, device: torch.device) -> Scores:
+        """The same on a device."""
+        return Scores(*(getattr(self, name).to(device) for name in _FIELDS))
 
 
 def initial_scores(layout: Layout, rng: np.random.Generator) -> Scores:
@@ -78,6 +83,7 @@ class Rows:
     def __init__(self, layout: Layout, submodel: Submodel, model: nn.Module, vectors: bool):
         self.num_units = layout.num_units
         self.places: dict[str, tuple[int, Tensor]] = {}  # tensor -> (axis of the outputs, unit of each position)
+        self._device = place_of(model)
         outputs = layout.fixed_units
         for name, shape in layout.shapes.items():
             if not submodel.holds(name) or not shape or (len(shape) == 1 and not vectors):
@@ -86,7 +92,7 @@ class Rows:
             units, held = layout.axes[name][axis], axes_cut(layout, submodel, name)[axis]
             if units is not None and not outputs[units].any():
                 kept = units if held is None else units[submodel.units[units]]
-                self.places[name] = axis, torch.from_numpy(kept)
+                self.places[name] = axis, torch.from_numpy(kept).to(self._device)
 
     def sums(self, entries: Mapping[str, Tensor]) -> Tensor:
         """Sum over the entries of each unit, (num_units,); 0 for units that are not there.
@@ -94,7 +100,7 @@ class Rows:
         Args:
             entries: tensor name -> values of the shape that the part has; names that are absent count nothing.
         """
-        total = torch.zeros(self.num_units)
+        total = torch.zeros(self.num_units, device=self._device)
         for name, (axis, units) in self.places.items():
             if name in entries:
                 values = entries[name].movedim(axis, 0)
@@ -202,7 +208,7 @@ class ScoreLearner:
         self.scores = scores
         self._task = task
         self._rate = learning_rate
-        self._sizes = group_sizes(task.layout)
+        self._sizes = group_sizes(task.layout).to(scores.values.device)
 
     def learn(self, products: Tensor, norms: Tensor, active: Tensor, scope: Tensor) -> None:
         """One step.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
+from flexfed.compute import numbers
 from flexfed.cost import memory_budget
 from flexfed.jobs import free_memory_of
 from flexfed.methods.fedstitch import FedStitchConfig, pool_of
@@ -158,7 +159,7 @@ def score(question: Question, config: FedStitchConfig, data: ClientData) -> Answ
         asked: Any = question.config
         candidates = tuple(asked["candidates"])
         rng = np.random.default_rng([int(asked["subset-seed"]), question.device.partition])
-        rows = balanced_subset(data.train.labels.numpy(), config.score_images, rng)
+        rows = balanced_subset(numbers(data.train.labels), config.score_images, rng)
         known = bench.memory.targets
         scoring = Scoring(bench.pool, bench.path, candidates, config.score_rule, known)
         found = score_blocks(

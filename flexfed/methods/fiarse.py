@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexfed.compute import numbers, place_of
 from flexfed.cost import BYTES_PER_NUMBER, memory_budget, training_memory
 from flexfed.jobs import Job, Part, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.fedlps_scores import Rows
@@ -111,11 +112,12 @@ class _Masked:
         self._flat = parameter.detach().view(-1)
         self._shape = parameter.shape
         self._threshold = threshold
-        self._kept = torch.from_numpy(np.flatnonzero(mask).astype(np.int32))
+        place = parameter.device
+        self._kept = torch.from_numpy(np.flatnonzero(mask).astype(np.int32)).to(place)
         self._stays = self._flat[self._kept].abs() < threshold  # sent although it is below: stays for the round
         self._left = self._kept[:0]  # entries that have dropped out, and their values then
         self._values = self._flat[:0]
-        self._flat[torch.from_numpy(~mask.reshape(-1))] = 0.0
+        self._flat[torch.from_numpy(~mask.reshape(-1)).to(place)] = 0.0
         if parameter.requires_grad:
             parameter.register_hook(self._through_threshold)  # type: ignore[no-untyped-call]
 
@@ -140,14 +142,14 @@ class _Masked:
     def mask(self) -> np.ndarray:
         """Bool of the tensor's shape: what is kept now."""
         mask = np.zeros(len(self._flat), dtype=bool)
-        mask[self._kept.numpy()] = True
+        mask[numbers(self._kept)] = True
         return mask.reshape(self._shape)
 
     def values(self) -> np.ndarray:
         """The tensor, entries that have dropped out as they were then."""
         whole = self._flat.clone()
         whole[self._left] = self._values
-        return whole.view(self._shape).numpy()
+        return numbers(whole.view(self._shape))
 
 
 class EntryMasks:
@@ -190,7 +192,7 @@ class UnitFactors:
         maskable = maskable_tensors(task.layout, task.factory)
         self._rows = Rows(task.layout, job.submodel, model, vectors=True)
         self._tensors = {n: p for n, p in model.named_parameters() if n in maskable and n in self._rows.places}
-        self._thresholds = torch.zeros(task.layout.num_units)
+        self._thresholds = torch.zeros(task.layout.num_units, device=place_of(model))
         for group, theta in thresholds_of(job, cut_groups(task.layout)).items():
             span = task.layout.groups[group]
             self._thresholds[span.start : span.stop] = theta

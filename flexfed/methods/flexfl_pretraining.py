@@ -45,7 +45,7 @@ def measure_scores(task: Task, server: ServerData, seed: int) -> tuple[float, ..
     rng = np.random.default_rng([seed, 0])
     train, held_out = split(samples, rng)
     torch.manual_seed(seed)
-    model = use_batch_statistics(task.factory())
+    model = use_batch_statistics(task.factory()).to(task.place)
     if method.pretrain_epochs:
         log.info("pre-training for %s epochs on %s samples", method.pretrain_epochs, len(train.labels))
         settings = Training(

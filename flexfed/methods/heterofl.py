@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexfed.batchnorm import Definition
+from flexfed.compute import numbers
 from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
 from flexfed.scaler import scale_outputs
 from flexfed.submodel import Submodel
@@ -206,8 +207,8 @@ def local_update(job: Job, task: Task, data: ClientData) -> Update:
     method: HeteroFLConfig = task.method
     require_memory(job.device, job.submodel, task.memory_to_train)
     present = np.zeros(task.num_classes, dtype=bool)
-    present[data.train.labels.numpy()] = True
-    held = torch.from_numpy(present)
+    present[numbers(data.train.labels)] = True
+    held = torch.from_numpy(present).to(task.place)
 
     def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         return masked_cross_entropy(model(inputs), labels, held, method.masked_loss)

@@ -117,7 +117,10 @@ def align(features: Tensor, native: Sequence[int]) -> Tensor:
 
 def apply_bridge(bridge: Bridge, features: Tensor) -> Tensor:
     """Map the channels of maps or vectors that are aligned already."""
-    weight, bias = torch.tensor(bridge.weight), torch.tensor(bridge.bias)  # copies: messages are read-only
+    place = features.device
+    weight, bias = (
+        torch.tensor(own, device=place) for own in (bridge.weight, bridge.bias)
+    )  # copies: messages are read-only
     if features.ndim == 4:
         return functional.conv2d(features, weight[:, :, None, None], bias)
     return functional.linear(features, weight, bias)
@@ -140,8 +143,8 @@ class Walk:
         self._group = group
 
     def block(self, block: int, inputs: Tensor) -> Tensor:
-        """Load a block, run it, drop it."""
-        module = self.pool.module(block)
+        """Load a block to where the inputs are, run it, drop it."""
+        module = self.pool.module(block).to(inputs.device)
         self.macs += self.pool.blocks[block].macs * len(inputs)
         return self._in_groups(module, inputs)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexfed.compute import numbers
 from flexfed.stitching.bridges import Sums, no_rows, sums_of
 from flexfed.stitching.energy import NO_PACE, Pacer
 from flexfed.stitching.head import class_sums, predict
@@ -129,7 +130,7 @@ def bridge_sums(
             here = view.rows(walk.along(path, common, shared), drawn, first)
             for own in native[shared:]:
                 common = walk.block(own, common)
-            sums += sums_of(here.numpy(), view.rows(common, drawn, first).numpy())
+            sums += sums_of(numbers(here), numbers(view.rows(common, drawn, first)))
     return Summed(sums, walk.macs)
 
 
@@ -187,8 +188,8 @@ def head_sums(
         for first, batch in paced(
             inputs, plan_head(pool, path, num_classes, len(inputs), batch_size), pacer, batch_size
         ):
-            features = pooled(walk.along(path, batch)).numpy()
-            sums += class_sums(features, labels[first : first + len(batch)].numpy(), num_classes)
+            features = numbers(pooled(walk.along(path, batch)))
+            sums += class_sums(features, numbers(labels[first : first + len(batch)]), num_classes)
     return Summed(sums, walk.macs)
 
 

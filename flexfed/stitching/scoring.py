@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexfed.compute import numbers
 from flexfed.stitching.bridges import solve_bridge, sums_of
 from flexfed.stitching.energy import NO_PACE, Pacer
 from flexfed.stitching.path import Bridge, Path, Walk, bridge_macs, can_follow, path_macs, pooled
@@ -184,7 +185,7 @@ class _Cache:
         self._parts.setdefault(name, []).append(rows)
 
     def get(self, name: object) -> np.ndarray:
-        return np.concatenate([part.numpy() for part in self._parts[name]])
+        return np.concatenate([numbers(part) for part in self._parts[name]])
 
     @property
     def num_bytes(self) -> int:
@@ -229,7 +230,7 @@ def score_blocks(
     work = scoring.work(len(inputs), batch_size)
     pacer.plan(work.num_batches, work.images, work.macs)
     walk, cache = Walk(pool, GROUP), _Cache()
-    classes = labels.numpy()
+    classes = numbers(labels)
     with torch.inference_mode():
         drawn = {view: view.draw(len(inputs), np.random.default_rng(seed)) for view in scoring.views}
         if scoring.sweeps:

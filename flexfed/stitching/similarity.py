@@ -102,10 +102,11 @@ class View:
         """
         begin, end = np.searchsorted(drawn, [first * self.positions, (first + len(features)) * self.positions])
         image, position = np.divmod(drawn[begin:end] - first * self.positions, self.positions)
+        images, positions = (torch.from_numpy(own).to(features.device) for own in (image, position))
         if self.size is None:
-            return pooled(features)[torch.from_numpy(image)]
+            return pooled(features)[images]
         maps = resize(features, self.size).flatten(2)
-        return maps[torch.from_numpy(image), :, torch.from_numpy(position)]
+        return maps[images, :, positions]
 
 
 def compat_view(here: Sequence[int], native: Sequence[int]) -> View:
