@@ -185,12 +185,14 @@ def _read_suite(target: str, baseline: str | None) -> Suite:
 
 def _compare_suite(suite: Suite, workers: int) -> tuple[Comparison, int]:
     """Run what a suite lacks, and compare; also the number of runs that failed."""
+    from flexfed.foresight import foresee, to_text
     from flexfed.processes import signals_as_interrupt
     from flexfed.suites import suite_comparison, suite_runs, tuned, tuning_runs
     from flexfed.workers import run_missing
 
     app_dir = require_app(APP_DIR)
     known = defaults(app_dir)
+    typer.echo(to_text(suite.name, foresee(suite, known), workers), err=True)
     with signals_as_interrupt():
         if tries := tuning_runs(suite, known):
             with _progress(tries) as on_done:

@@ -24,6 +24,9 @@ dataset = "digits"
 fleet = "skewed"
 seed = 1
 num-server-rounds = 5
+fraction-train = 0.5
+min-replies = 1
+local-epochs = 2
 resume = ""
 runs-dir = "RUNS"
 [tool.flwr.app.config.flexfl]
@@ -268,6 +271,7 @@ def test_compare_runs_what_a_suite_lacks(project, tmp_path, monkeypatch):
     assert "it broke" in result.output
     assert "50.0 (50.0)" in result.output
     assert "Runs still missing: 1." in result.output
+    assert "suite s: 2 runs; 0 are finished, 2 are left\nat most 10 rounds" in result.output
     assert "flexfed compare s.toml\n" in (tmp_path / "out.md").read_text()
     assert flexfed("compare", str(project / "s.toml"), "--workers", "1").exit_code == 1
     (own,) = tmp_path.glob("**/s/comparison.html")
