@@ -12,6 +12,9 @@ import psutil
 import pytest
 
 from flexfed import workers
+from flexfed.config import Experiment
+from flexfed.devices import load_fleet
+from flexfed.models import MODELS
 from flexfed.overrides import defaults
 from flexfed.runs import RunFolder
 from flexfed.suites import (
@@ -25,6 +28,7 @@ from flexfed.suites import (
     suite_runs,
 )
 from flexfed.workers import RunFailed, child_command, run_missing
+from strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 KNOWN = {"strategy": "flexfl", "seed": 1, "runs-dir": "~/runs", "num-server-rounds": 30, "flexfl.kd-weight": -1.0}
@@ -98,6 +102,40 @@ def test_mistakes_in_a_suite_are_named(old, new, match, tmp_path):
 def test_the_suites_we_ship_fit_the_configuration(path):
     known = defaults(ROOT)
     assert suite_runs(load_suite(path, known), known)
+
+
+SHIPPED = sorted((ROOT / "benchmarks" / "suites").glob("*.toml"))
+PAPERS = [path for path in SHIPPED if path.stem.startswith("paper-")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_row_that_we_ship_can_be_run(path):
+    known = defaults(ROOT)
+    for overrides in load_suite(path, known).rows.values():
+        settings = Experiment.read({**known, **overrides}).settings
+        load_fleet(settings.fleet)
+        assert settings.model in MODELS or settings.model.startswith("stitched:")
+
+
+def test_the_smoke_suite_has_every_strategy():
+    rows = load_suite(ROOT / "benchmarks" / "suites" / "smoke.toml", defaults(ROOT)).rows
+    assert sorted(row["strategy"] for row in rows.values()) == sorted(STRATEGIES)
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_the_papers_suites_run_on_a_gpu_beside_both_controls_and_tell_their_cost(path):
+    known = defaults(ROOT)
+    suite, text = load_suite(path, known), path.read_text(encoding="utf-8")
+    kinds = {}
+    for overrides in suite.rows.values():
+        assert overrides["torch-device"] == "auto"
+        place = tuple(overrides.get(key) for key in ("partition", "alpha", "num-server-rounds"))
+        kinds.setdefault(place, []).append(overrides["strategy"])
+    assert all({"exclusive", "small"} <= set(strategies) for strategies in kinds.values())
+    assert suite.name == path.stem
+    runs, rounds = len(suite_runs(suite, known)), sum(r.config["num-server-rounds"] for r in suite_runs(suite, known))
+    assert f"# Cost: {runs} runs, {rounds:,} rounds" in text
+    assert "An estimate, not measured" in " ".join(text.replace("\n# ", " ").split())
 
 
 # --- what is finished ---------------------------------------------------------------------------------------
