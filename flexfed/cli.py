@@ -44,6 +44,10 @@ Cpus = Annotated[
     int | None,
     typer.Option(min=1, help="Clients that work at the same time, one CPU each; default: all CPUs."),
 ]
+GpusPerClient = Annotated[
+    float,
+    typer.Option(min=0, help="Share of a GPU for each client that works: with 0.25 four at a time train on each."),
+]
 InputSize = Annotated[
     str | None, typer.Option("--input", help="One sample, such as 3x32x32; default: what suits the network.")
 ]
@@ -54,12 +58,20 @@ InProcess = Annotated[
 
 
 @app.command()
-def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None, in_process: InProcess = False) -> None:
+def run(
+    config: Config = None,
+    supernodes: Supernodes = None,
+    cpus: Cpus = None,
+    gpus_per_client: GpusPerClient = 0.0,
+    in_process: InProcess = False,
+) -> None:
     """Run one experiment; exits with 1 when it failed."""
     with _errors():
         app_dir, texts = require_app(APP_DIR), config or []
         if in_process and cpus is not None:
             raise ValueError("--cpus has no effect with --in-process, which trains one client after the other")
+        if in_process and gpus_per_client:
+            raise ValueError("--gpus-per-client has no effect with --in-process; say where with torch-device")
         known = defaults(app_dir)
         values = with_resumed(parse_overrides(texts, known))
         devices = supernodes or head_supernodes(texts) or resumed_supernodes(values) or SUPERNODES
@@ -67,11 +79,25 @@ def run(config: Config = None, supernodes: Supernodes = None, cpus: Cpus = None,
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         whole = {**known, **values}
         check_configuration(whole)
+        _check_spreading(str(whole.get("torch-device", "cpu")), gpus_per_client)
         if in_process or _is_finished(whole):  # for a table alone no Flower need start
             raise typer.Exit(_run_in_process(app_dir, values, devices))
         from flexfed.launch import run_simulation
 
-        raise typer.Exit(run_simulation(app_dir, texts, devices, cpus))
+        raise typer.Exit(run_simulation(app_dir, texts, devices, cpus, gpus_per_client))
+
+
+def _check_spreading(torch_device: str, gpus_per_client: float) -> None:
+    """Refuse to spread clients over GPUs that they are told not to use, or that they are told to choose themselves.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    if gpus_per_client and torch_device not in ("auto", "cuda"):
+        raise ValueError(
+            f"--gpus-per-client {gpus_per_client:g} gives each client a GPU of its own choice, torch-device is "
+            f"{torch_device!r}; set torch-device='cuda' or 'auto'"
+        )
 
 
 def _is_finished(values: Mapping[str, Scalar]) -> bool:

@@ -93,6 +93,7 @@ def run_simulation(
     overrides: Sequence[str] = (),
     supernodes: int = 20,
     cpus: int | None = None,
+    gpus_per_client: float = 0.0,
     bin_dir: Path | None = None,
     echo: Echo = _say,
 ) -> int:
@@ -103,6 +104,8 @@ def run_simulation(
         overrides: as after `flwr run -c`; may mix pairs and files, relative paths are resolved.
         supernodes: simulated clients.
         cpus: clients that work at the same time, each on one CPU; default: all CPUs. Never more than there are clients.
+        gpus_per_client: share of a GPU that each of them has: with 0.25 four train on every GPU at a time. 0 = clients
+            are not spread over GPUs, and each sees all.
         bin_dir: where `flwr` and `flower-superlink` are; default: beside the Python that runs this.
         echo: takes the lines of the log and our own.
 
@@ -110,14 +113,15 @@ def run_simulation(
         0: the run completed and left its summary; 1: it did not; 130: stopped by Ctrl-C or a signal.
 
     Raises:
-        ValueError: the configuration cannot be read.
+        ValueError: the configuration cannot be read, or there are no such GPUs.
         LaunchError: there is no `flwr` to run.
     """
     values = with_resumed(parse_overrides(overrides, defaults(app_dir)))
+    resources = _resources(min(cpus or num_cpus(), supernodes), gpus_per_client)
     with signals_as_interrupt(), private_flower(bin_dir or Path(sys.executable).parent) as flower:
         run_id = None
         try:
-            run_id = submit(flower, app_dir, values, supernodes, min(cpus or num_cpus(), supernodes))
+            run_id = submit(flower, app_dir, values, supernodes, resources)
             return _watch(flower, run_id, echo)
         except LaunchError as error:
             echo(f"{error}\n{_superlink_log(flower.home)}".rstrip())
@@ -181,8 +185,33 @@ def free_ports(count: int) -> list[int]:
 # --- the steps of a run -------------------------------------------------------------------------------------
 
 
-def submit(flower: Flower, app_dir: Path, values: Mapping[str, Scalar], supernodes: int, cpus: int) -> str:
+def _resources(cpus: int, gpus_per_client: float) -> str:
+    """What Ray is told of the machine and of a client, as Flower's federation configuration says it.
+
+    Raises:
+        ValueError: GPUs are asked for that are not here, or a share that is none.
+    """
+    told = f"client-resources-num-cpus=1 init-args-num-cpus={cpus}"
+    if not gpus_per_client:
+        return told
+    if not (0 < gpus_per_client <= 1 or gpus_per_client in range(2, 65)):
+        raise ValueError(f"gpus-per-client must be a share, 0.25, or whole GPUs, got {gpus_per_client}")
+    import torch
+
+    if torch.cuda.device_count() < gpus_per_client:
+        raise ValueError(f"gpus-per-client={gpus_per_client:g}, but torch sees {torch.cuda.device_count()} GPUs here")
+    return f"{told} client-resources-num-gpus={gpus_per_client} init-args-num-gpus={torch.cuda.device_count()}"
+
+
+def submit(flower: Flower, app_dir: Path, values: Mapping[str, Scalar], supernodes: int, resources: str) -> str:
     """Start the SuperLink and the run; return the run's id.
+
+    Args:
+        flower: ours.
+        app_dir: folder of the app.
+        values: overrides.
+        supernodes: simulated clients.
+        resources: of the machine and of a client, from `_resources`.
 
     Raises:
         LaunchError: the run was not accepted.
@@ -191,7 +220,7 @@ def submit(flower: Flower, app_dir: Path, values: Mapping[str, Scalar], supernod
 
     file = flower.home / "overrides.toml"
     file.write_text(tomli_w.dumps(dict(values)), encoding="utf-8")
-    nodes = f"num-supernodes={supernodes} client-resources-num-cpus=1 init-args-num-cpus={cpus}"
+    nodes = f"num-supernodes={supernodes} {resources}"
     config = ["-c", str(file)] if values else []
     answer = flower.ask("run", str(app_dir.resolve()), "local", *config, "--federation-config", nodes)
     if not answer.get("run-id"):

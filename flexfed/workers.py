@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -45,9 +46,9 @@ def run_missing(
     Returns:
         how many failed.
     """
-    children = _Children()
-    pool = ThreadPoolExecutor(workers)
     todo = [run for run in runs if finished_folder(run) is None]
+    children = _Children(_places(todo, workers))
+    pool = ThreadPoolExecutor(workers)
     futures: dict[Future[None], SuiteRun] = {pool.submit(_run_one, run, app_dir, children): run for run in todo}
     failed = 0
     try:
@@ -61,16 +62,51 @@ def run_missing(
     return failed
 
 
-class _Children:
-    """The child processes that run now; after `stop` there are none, and none begins."""
+def _places(runs: Sequence[SuiteRun], workers: int) -> list[str | None]:
+    """The GPU that each worker's children see, the first of them again after the last; None = what this process sees.
 
-    def __init__(self) -> None:
+    Several children share a GPU: each takes the memory that it needs.
+    """
+    names = {str(run.config.get("torch-device", "cpu")) for run in runs}
+    if not names & {"auto", "cuda"}:  # on the CPU, or on a GPU that the suite names
+        return [None] * workers
+    gpus = visible_gpus()
+    return [gpus[i % len(gpus)] if len(gpus) > 1 else None for i in range(workers)]
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    num, told = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = [name.strip() for name in told.split(",")] if told is not None else [str(i) for i in range(num)]
+    return named[:num]
+
+
+class _Children:
+    """The child processes that run now; after `stop` there are none, and none begins.
+
+    Args:
+        places: one for each that may run at the same time: the GPU that it sees, None = all.
+    """
+
+    def __init__(self, places: Sequence[str | None]) -> None:
+        self._free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
         self._lock = threading.Lock()
         self._live: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 
-    def run(self, start: Callable[[], subprocess.Popen[bytes]]) -> int:
-        """Start a child and wait for it; its exit code."""
+    def run(self, start: Callable[[str | None], subprocess.Popen[bytes]]) -> int:
+        """Start a child on a free place and wait for it; its exit code."""
+        place = self._free.get()
+        try:
+            return self._run(lambda: start(place))
+        finally:
+            self._free.put(place)
+
+    def _run(self, start: Callable[[], subprocess.Popen[bytes]]) -> int:
         with self._lock:
             if self._stopped:
                 raise RunFailed("stopped")
@@ -99,7 +135,7 @@ def _run_one(run: SuiteRun, app_dir: Path, children: _Children) -> None:
         overrides = {**run.overrides, **({"resume": str(begun)} if begun else {})}
         write_atomic(run.folder / "overrides.toml", tomli_w.dumps(overrides).encode())
         with log.open("ab" if begun else "wb") as file:
-            code = children.run(lambda: _start(run, app_dir, file, claim))
+            code = children.run(lambda gpu: _start(run, app_dir, file, claim, gpu))
         if not code:
             return mark_finished(run)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
@@ -125,8 +161,9 @@ def _claimed(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _start(run: SuiteRun, app_dir: Path, log: IO[bytes], claim: int) -> subprocess.Popen[bytes]:
+def _start(run: SuiteRun, app_dir: Path, log: IO[bytes], claim: int, gpu: str | None = None) -> subprocess.Popen[bytes]:
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     return subprocess.Popen(
         child_command(run), cwd=app_dir, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, pass_fds=(claim,),
+        env={**os.environ, "OMP_NUM_THREADS": "1", **seen}, start_new_session=True, pass_fds=(claim,),
     )  # fmt: skip

@@ -133,10 +133,25 @@ def test_run_hands_over_to_flower(project, monkeypatch):
     flexfed("run", "-c", str(file))
     flexfed("run", "-c", str(file), "--supernodes", "5")
     assert seen == [
-        (project, ["seed=2", str(file)], 20, 2),
-        (project, [str(file)], 100, None),
-        (project, [str(file)], 5, None),
+        (project, ["seed=2", str(file)], 20, 2, 0.0),
+        (project, [str(file)], 100, None, 0.0),
+        (project, [str(file)], 5, None, 0.0),
     ]
+
+
+def test_clients_are_spread_over_gpus_that_they_are_to_use(project, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_simulation", lambda *args: seen.append(args[-1]) or 0)
+    result = flexfed("run", "--in-process", "--gpus-per-client", "0.5")
+    assert (result.exit_code, "--gpus-per-client has no effect with --in-process" in result.output) == (1, True)
+    result = flexfed("run", "--gpus-per-client", "0.5")
+    assert result.exit_code == 1
+    assert "torch-device is 'cpu'; set torch-device='cuda' or 'auto'" in result.output
+    toml = project / "pyproject.toml"
+    toml.write_text(toml.read_text().replace("seed = 1", 'seed = 1\ntorch-device = "cpu"'))
+    assert "torch-device is 'cuda:1'" in flexfed("run", "-c", "torch-device='cuda:1'", "--gpus-per-client", "1").output
+    assert flexfed("run", "-c", "torch-device='cuda'", "--gpus-per-client", "0.5").exit_code == 0
+    assert seen == [0.5]
 
 
 @pytest.fixture
@@ -152,7 +167,7 @@ def test_a_resumed_run_has_its_own_devices_and_is_checked_before_flower_starts(p
     monkeypatch.setattr(launch, "run_simulation", lambda *args: seen.append(args) or 0)
     pair = f"resume='{left_run}'"
     assert flexfed("run", "-c", pair).exit_code == 0
-    assert seen == [(project, [pair], 7, None)]
+    assert seen == [(project, [pair], 7, None, 0.0)]
     result = flexfed("run", "-c", f"{pair} seed=4")
     assert result.exit_code == 1
     assert result.output.startswith(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,7 +158,6 @@ def test_a_checkpoint_tells_it_too(tmp_path: Path) -> None:
 
 def test_who_goes_on_elsewhere_is_told(caplog: pytest.LogCaptureFixture) -> None:
     same = {"clients": 4, "num-classes": 2, "input-shape": [1], "input-mean": [0.0], "input-std": [1.0], "code": "x"}
-    logging.getLogger("flwr").propagate = True
     refuse_other_data({**same, "torch-device": "cpu"}, {**same, "torch-device": "cpu"})
     refuse_other_data(same, {**same, "torch-device": "cpu"})  # begun by older code
     assert not caplog.records

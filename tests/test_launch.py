@@ -120,6 +120,23 @@ def test_no_more_cpus_than_clients(app, tmp_path, finished):
     assert "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=3" in calls(bin_dir)[0]
 
 
+def test_clients_share_the_gpus_that_there_are(app, tmp_path, finished, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    bin_dir = fake(tmp_path, log=f"echo 'run folder: {finished}'")
+    assert launch(app, bin_dir, gpus_per_client=0.25)[0] == 0
+    told = "init-args-num-cpus=2 client-resources-num-gpus=0.25 init-args-num-gpus=2"
+    assert told in calls(bin_dir)[0]
+
+
+@pytest.mark.parametrize(("num", "share", "match"), [(0, 0.25, "sees 0 GPUs"), (2, 3.0, "sees 2"), (2, 1.5, "a share")])
+def test_gpus_that_are_not_there_start_nothing(app, tmp_path, monkeypatch, num, share, match):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num)
+    bin_dir = fake(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        launch(app, bin_dir, gpus_per_client=share)
+    assert not (bin_dir / "calls.txt").exists()
+
+
 def test_flower_is_private_and_quiet(app, tmp_path, finished):
     bin_dir = fake(tmp_path, log=f"echo 'run folder: {finished}'")
     launch(app, bin_dir)

@@ -242,6 +242,34 @@ def test_what_is_missing_runs_and_a_failure_does_not_stop_the_rest(suite, tmp_pa
     assert again == ["flexfl, no KD seed 1"]
 
 
+SEEING = CHILD.replace(
+    'if config["strategy"] == "flexfl" and config["seed"] == 1:\n    sys.exit("it broke")', ""
+).replace('print("threads"', 'print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"), "threads"')
+
+
+@pytest.mark.parametrize(
+    ("told", "num", "seen"),
+    [(None, 0, {"None"}), (None, 1, {"None"}), (None, 2, {"0", "1"}), ("5, 7", 2, {"5", "7"}), ("5", 1, {"5"})],
+)
+def test_children_are_spread_over_the_gpus(suite, tmp_path, monkeypatch, told, num, seen):
+    use_child(monkeypatch, SEEING)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if told:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    runs = suite_runs(suite, {**KNOWN, "torch-device": "auto"})
+    assert run_missing(runs, 2, tmp_path, lambda run, error: None) == 0
+    lines = {(run.folder / "log.txt").read_text().split()[1] for run in runs}
+    assert lines == seen
+
+
+def test_places_are_dealt_in_turn_and_only_to_who_asks_for_a_gpu(suite, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for told, places in (("cpu", [None] * 3), ("cuda:1", [None] * 3), ("cuda", ["0", "1", "0"])):
+        assert workers._places(suite_runs(suite, {**KNOWN, "torch-device": told}), 3) == places
+
+
 def test_a_child_that_leaves_no_run_has_failed(suite, tmp_path, monkeypatch):
     use_child(monkeypatch, "")
     errors = []
