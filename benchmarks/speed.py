@@ -24,6 +24,7 @@ SUBJECTS = {
     "codecs": "Codecs: ResNet-18's numbers as integers",
     "checkpoint": "Checkpoint after a round: ResNet-18, 45 MB",
     "rounds": "In-process grid: `cnn` on digits, 20 clients",
+    "simulation": "Simulated clients, 20 of them: in process, under Ray, and in a bare PyTorch loop",
 }
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.md"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -332,7 +332,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     parent.wait()
     child.suspend()  # the orphan lives: nobody may join it
     with pytest.raises(RunFailed, match="another process is at work"):
-        workers._run_one(killed, ROOT, workers._Children())
+        workers._run_one(killed, ROOT, workers._Children([None]))
     child.kill()
     wait_for(lambda: is_free(killed.folder))  # a dying process lets go when its last thread has ended
 
