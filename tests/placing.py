@@ -26,7 +26,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fiarse, votes": ("fiarse", {"fiarse.coverage": "sent"}),
     "fiarse, units": ("fiarse", {"fiarse.mode": "units"}),
     "fjord, no distillation": ("fjord", {"fjord.self-distillation": False}),
-    "scalefl, released": ("scalefl", {"scalefl.distillation": "released"}),
 }
 
 
@@ -36,6 +35,8 @@ def run_named(folder: Path, name: str, **values: Any) -> Path:
     shared = {
         "num-server-rounds": ROUNDS,
         "fraction-evaluate": 1.0,
+        "test-samples": 200,
+        "proxy-fraction": 0.5,
         **{k.replace("_", "-"): v for k, v in values.items()},
     }
     if strategy == "fedstitch":

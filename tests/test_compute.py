@@ -274,7 +274,7 @@ def test_weights_that_change_inside_a_context_are_read_anew() -> None:
         assert layer(one).item() == 3
 
 
-@pytest.mark.parametrize("strategy", ["depthfl", "fedlps", "fjord"])
+@pytest.mark.parametrize("strategy", ["fedlps", "fjord"])
 def test_runs_in_bfloat16_learn_and_repeat(strategy: str, tmp_path: Path) -> None:
     values = {"precision": "bfloat16", "num-server-rounds": 2}
     one, other = (run_toy(tmp_path / name, strategy, values) for name in "ab")
