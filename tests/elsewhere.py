@@ -48,16 +48,20 @@ class Elsewhere(torch.Tensor):
 
 
 class SecondDevice(TorchDispatchMode):
-    """While it is open, tensors can be made on the device; counts what computes there."""
+    """While it is open, tensors can be made on the device; counts what computes there, and what on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self.computed: Counter[str] = Counter()
+        self.on_cpu: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(each, Elsewhere) for each in tree_iter((args, kwargs))):
+        tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
+        if any(isinstance(each, Elsewhere) for each in tensors):
             self.computed[str(func)] += 1
+        elif any(each.device.type == "cpu" for each in tensors):
+            self.on_cpu[str(func)] += 1
         return compute(func, args, kwargs)
 
 

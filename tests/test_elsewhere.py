@@ -42,6 +42,9 @@ def test_a_run_computes_where_it_is_told_to(tmp_path: Path, name: str) -> None:
     assert same_bits(final_model(there), final_model(here))
     assert device.computed["aten.convolution.default"] > 0
     assert (device.computed["aten.convolution_backward.default"] > 0) != (name in NO_TRAINING)
+    assert device.on_cpu["aten.convolution_backward.default"] == 0
+    if name in NO_TRAINING:  # others look at a random network before they begin, on the CPU
+        assert device.on_cpu["aten.convolution.default"] == 0
 
 
 def test_the_second_device_is_one() -> None:
