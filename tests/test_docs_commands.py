@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from flexfed.launch import free_ports
 from flexfed.overrides import defaults, parse_overrides, with_resumed
 from flexfed.processes import stop_processes
 from flexfed.runs import find_runs, load_run
-from flexfed.suites import load_suite, suite_runs, tuned, tuning_runs
+from flexfed.suites import Suite, suite_runs, tuned, tuning_runs
 
 with warnings.catch_warnings():  # typer imports names that newer versions of click deprecate
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -62,6 +61,7 @@ NO_RUN: Mapping[str, str] = {
     "pip install -e .": ".ci/run installs it so",
     "flwr run . local --stream --federation-config "
     "'num-supernodes=20 client-resources-num-cpus=1 init-args-num-cpus=2'": "tests/test_flower_runs.py submits runs so",
+    "tensorboard --logdir '~/.flexfed/runs'": "TensorBoard's own; tests/test_events.py reads what it would",
 }
 """Commands that are not tried here -> where they are."""
 
@@ -169,7 +169,7 @@ def test_a_run_that_is_shown(command: Command, stage: Stage) -> None:
     """Read by the command as it stands, and then run, smaller."""
     asked: list[tuple[dict[str, Any], int]] = []
 
-    def in_flower(app_dir: Path, texts: list[str], supernodes: int, cpus: int | None) -> int:
+    def in_flower(app_dir: Path, texts: list[str], supernodes: int, *_: Any) -> int:
         asked.append((with_resumed(parse_overrides(texts, defaults(app_dir))), supernodes))
         return 0
 
@@ -202,14 +202,12 @@ def test_a_comparison_that_is_shown(command: Command, stage: Stage) -> None:
     """Given runs are compared; of a suite every run is read, and none started."""
     read: list[str] = []
 
-    def only_read(path: Path, workers: int, baseline: str | None) -> None:
+    def only_read(suite: Suite, workers: int) -> None:
         known = defaults(ROOT)
-        suite = load_suite(path, known)
         for run in [*suite_runs(tuned(suite, []), known), *tuning_runs(suite, known)]:
             cli.check_configuration(run.config)
             read.append(run.name)
-        replace(suite, baseline=baseline)
-        assert baseline is None or baseline in suite.rows
+        assert suite.baseline is None or suite.baseline in suite.rows
         raise typer.Exit(0)
 
     with patch.object(cli, "_compare_suite", only_read):
