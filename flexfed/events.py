@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from flexfed.report import CLIENTS, PERSONAL, level_names
-from flexfed.runs import EXIT_PREFIX, OWN_TOTALS, TOTALS, Metrics
+from flexfed.report import PERSONAL, level_names
+from flexfed.runs import EXIT_PREFIX, KIND_PREFIX, OWN_TOTALS, TOTALS, Metrics
 
 
 def event_scalars(metrics: Metrics) -> dict[str, float]:
@@ -24,13 +24,11 @@ def event_scalars(metrics: Metrics) -> dict[str, float]:
 
 def _tag(key: str, levels: Collection[str]) -> str:
     name = key.removeprefix("accuracy-")
-    if key.startswith(EXIT_PREFIX):
-        return f"exit/{key.removeprefix(EXIT_PREFIX)}"
+    for prefix, group in ((EXIT_PREFIX, "exit"), (KIND_PREFIX, "clients"), (f"accuracy-{PERSONAL}", "personal")):
+        if key.startswith(prefix):
+            return f"{group}/{key.removeprefix(prefix)}"
     if name != key and name in levels:
         return f"level/{name}"
-    for group in (CLIENTS, PERSONAL):
-        if name != key and name.startswith(group):
-            return f"{group.removesuffix('-')}/{name.removeprefix(group)}"
     if key.startswith("accuracy"):
         return f"accuracy/{'largest' if name == 'accuracy' else name}"
     return f"cost/{key}" if key in TOTALS or key in OWN_TOTALS else key

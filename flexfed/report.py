@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexfed.runs import EXIT_PREFIX, Metrics, Run, leaves_devices_out, quality_metrics, title_of
+from flexfed.runs import EXIT_PREFIX, KIND_PREFIX, Metrics, Run, leaves_devices_out, quality_metrics, title_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # `accuracy-<name>` with these names is no level of the method.
 _NO_LEVELS = frozenset({"levels", "clients", "worst-tenth", "personal"})
 PERSONAL = "personal-"  # before a capability
-CLIENTS = "clients-"  # before a kind of device
 _MANY_LEVELS = 5
 _SIZES = ("XS", "S", "M-", "M", "L-", "L", "XL")
 _NAMES = {
@@ -90,7 +89,7 @@ def cost(key: str, value: float | None) -> str:
 def level_names(metrics: Iterable[str]) -> list[str]:
     """The method's levels among metric names, smallest first: S, M, L, or letters with a as the largest."""
     names = {name.removeprefix("accuracy-") for name in metrics if name.startswith("accuracy-")} - _NO_LEVELS
-    names = {name for name in names if not name.startswith((PERSONAL, CLIENTS))}
+    names = {name for name in names if not name.startswith(PERSONAL)}
     if names <= set(_SIZES):
         return sorted(names, key=_SIZES.index)
     return sorted(names, reverse=True)
@@ -140,7 +139,7 @@ def final_table(
             devices out that cannot hold the whole model.
         path: the run folder, named in the last line (which may be longer).
     """
-    names = [name for name in quality_metrics(rounds) if name.startswith(("accuracy", EXIT_PREFIX))]
+    names = [name for name in quality_metrics(rounds) if name.startswith(("accuracy", EXIT_PREFIX, KIND_PREFIX))]
     size = f" · {summary['parameters']:,} parameters" if "parameters" in summary else ""
     title = f"\n{title_of(summary)} · {summary['rounds']} rounds{size}\n"
     parts = (
@@ -170,11 +169,9 @@ def _ordered(names: Sequence[str]) -> list[str]:
     of_largest = (name for name in names if own and name.startswith(f"{EXIT_PREFIX}{own[-1]}-"))
     exits = sorted(of_largest, key=lambda name: int(name.rpartition("-")[2]))
     known = [name for name in _NAMES if name != "accuracy"]
-    by_group = [
-        sorted(name for name in names if name.startswith(f"accuracy-{group}") and name not in known)
-        for group in (CLIENTS, PERSONAL)
-    ]
-    wanted = ["accuracy", *levels, *exits, *known, *by_group[0], *by_group[1]]
+    by_kind = sorted(name for name in names if name.startswith(KIND_PREFIX))
+    by_capability = sorted(n for n in names if n.startswith(f"accuracy-{PERSONAL}") and n not in known)
+    wanted = ["accuracy", *levels, *exits, *known, *by_kind, *by_capability]
     return [name for name in wanted if name in names]
 
 
@@ -195,11 +192,11 @@ def _label(summary: Mapping[str, Any], name: str) -> str:
         return f"mean of {', '.join(summary['headline-levels'])}"
     if name.startswith(EXIT_PREFIX):
         return "level {}, exit {}".format(*name.removeprefix(EXIT_PREFIX).rsplit("-", 1))
+    if name.startswith(KIND_PREFIX):
+        return f"clients, {name.removeprefix(KIND_PREFIX)}"
     level = name.removeprefix("accuracy-")
-    for group, word in ((PERSONAL, "personal"), (CLIENTS, "clients")):
-        if level.startswith(group):
-            return _NAMES.get(name, f"{word}, {level.removeprefix(group)}")
-    return _NAMES.get(name, f"level {level}")
+    usual = f"personal, {level.removeprefix(PERSONAL)}" if level.startswith(PERSONAL) else f"level {level}"
+    return _NAMES.get(name, usual)
 
 
 def _new_table(first: str, columns: Sequence[str]) -> Table:

@@ -38,6 +38,8 @@ DEVICE_MEANS = frozenset({"accuracy-clients", "accuracy-worst-tenth"})
 PERSONAL_MEANS = frozenset({"accuracy-personal", "accuracy-personal-worst-tenth"})
 # Of the accuracy of one exit of a level: "exit-accuracy-<level>-<exit>", the shallowest is exit 1.
 EXIT_PREFIX = "exit-accuracy-"
+# Of the mean accuracy of one kind of device, each on its own samples.
+KIND_PREFIX = "clients-accuracy-"
 # metrics.jsonl must be equal for equal seeds, so nothing measured by a clock may enter it.
 CLOCK_KEYS = frozenset({"seconds", "wall-seconds", "client-seconds", "client-joules", "time", "timestamp"})
 

@@ -12,7 +12,7 @@ import numpy as np
 from flexfed.cost import modelled_joules, modelled_seconds
 from flexfed.devices import Device
 from flexfed.jobs import Update
-from flexfed.runs import Measured
+from flexfed.runs import KIND_PREFIX, Measured
 from flexfed.training import Evaluation
 from strategies.preparation import Preparation
 
@@ -134,7 +134,7 @@ class RoundRecord:
         return {
             "accuracy-clients": float(np.mean(all_of_them)),
             "accuracy-worst-tenth": worst_tenth(all_of_them),
-            **({f"accuracy-clients-{kind}": mean for kind, mean in by_kind.items()} if len(by_kind) > 1 else {}),
+            **({f"{KIND_PREFIX}{kind}": mean for kind, mean in by_kind.items()} if len(by_kind) > 1 else {}),
         }
 
     def _personal_line(self) -> dict[str, Any]:

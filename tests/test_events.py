@@ -37,7 +37,7 @@ def test_they_hold_the_numbers_in_groups():
 
     writer = EventWriter.__new__(EventWriter)
     writer._writer = Recorder("x")
-    told = {"accuracy-a": 0.1, "accuracy-clients": 0.2, "accuracy-clients-weak": 0.3, "accuracy-personal-0.5": 0.4}
+    told = {"accuracy-a": 0.1, "accuracy-clients": 0.2, "clients-accuracy-weak": 0.3, "accuracy-personal-0.5": 0.4}
     more = {"exit-accuracy-a-1": 0.6, "bytes-up": 7, "train-loss": 0.8, "trained": {"a": 9}, "void": True}
     writer.add({"round": 3, "accuracy": 0.5, "cohort": [1], "loss": None, **told, **more})
     assert writer._writer.scalars == [
@@ -58,7 +58,7 @@ def test_tensorboard_reads_them_while_the_run_goes_on(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = EventWriter(tmp_path)
-    writer.add({"round": 1, "accuracy-a": 0.25, "accuracy-clients-weak": 0.5})
+    writer.add({"round": 1, "accuracy-a": 0.25, "clients-accuracy-weak": 0.5})
     found = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in found.Scalars("level/a")] == [(1, 0.25)]
     assert found.Scalars("clients/weak")[0].value == 0.5

@@ -144,7 +144,7 @@ def test_clients_tests_are_told_by_kind_where_there_are_several() -> None:
 
     line = tested("weak", "strong", "weak")
     assert line["accuracy-clients"] == pytest.approx(0.2)
-    assert line["accuracy-clients-weak"] == pytest.approx(0.2)
-    assert line["accuracy-clients-strong"] == pytest.approx(0.2)
-    assert tested("weak", "weak", "strong")["accuracy-clients-weak"] == pytest.approx(0.15)
-    assert not any(key.startswith("accuracy-clients-") for key in tested("weak", "weak"))
+    assert line["clients-accuracy-weak"] == pytest.approx(0.2)
+    assert line["clients-accuracy-strong"] == pytest.approx(0.2)
+    assert tested("weak", "weak", "strong")["clients-accuracy-weak"] == pytest.approx(0.15)
+    assert not any(key.startswith("clients-accuracy-") for key in tested("weak", "weak"))
