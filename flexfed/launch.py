@@ -117,11 +117,12 @@ def run_simulation(
         LaunchError: there is no `flwr` to run.
     """
     values = with_resumed(parse_overrides(overrides, defaults(app_dir)))
-    resources = _resources(min(cpus or num_cpus(), supernodes), gpus_per_client)
+    cpus = min(cpus or num_cpus(), supernodes)
+    _resources(cpus, gpus_per_client)  # refuses before Flower starts
     with signals_as_interrupt(), private_flower(bin_dir or Path(sys.executable).parent) as flower:
         run_id = None
         try:
-            run_id = submit(flower, app_dir, values, supernodes, resources)
+            run_id = submit(flower, app_dir, values, supernodes, cpus, gpus_per_client)
             return _watch(flower, run_id, echo)
         except LaunchError as error:
             echo(f"{error}\n{_superlink_log(flower.home)}".rstrip())
@@ -203,7 +204,14 @@ def _resources(cpus: int, gpus_per_client: float) -> str:
     return f"{told} client-resources-num-gpus={gpus_per_client} init-args-num-gpus={torch.cuda.device_count()}"
 
 
-def submit(flower: Flower, app_dir: Path, values: Mapping[str, Scalar], supernodes: int, resources: str) -> str:
+def submit(
+    flower: Flower,
+    app_dir: Path,
+    values: Mapping[str, Scalar],
+    supernodes: int,
+    cpus: int,
+    gpus_per_client: float = 0.0,
+) -> str:
     """Start the SuperLink and the run; return the run's id.
 
     Args:
@@ -211,16 +219,18 @@ def submit(flower: Flower, app_dir: Path, values: Mapping[str, Scalar], supernod
         app_dir: folder of the app.
         values: overrides.
         supernodes: simulated clients.
-        resources: of the machine and of a client, from `_resources`.
+        cpus: clients that work at the same time.
+        gpus_per_client: share of a GPU for each of them; 0 = Ray is told of none.
 
     Raises:
         LaunchError: the run was not accepted.
+        ValueError: there are not so many GPUs.
     """
     import tomli_w
 
     file = flower.home / "overrides.toml"
     file.write_text(tomli_w.dumps(dict(values)), encoding="utf-8")
-    nodes = f"num-supernodes={supernodes} {resources}"
+    nodes = f"num-supernodes={supernodes} {_resources(cpus, gpus_per_client)}"
     config = ["-c", str(file)] if values else []
     answer = flower.ask("run", str(app_dir.resolve()), "local", *config, "--federation-config", nodes)
     if not answer.get("run-id"):

@@ -19,6 +19,9 @@ KNOWN: dict[str, Scalar] = {
     "runs-dir": "~/runs",
     "learning-rate": 0.1,
     "num-server-rounds": 30,
+    "fraction-train": 0.5,
+    "min-replies": 1,
+    "local-epochs": 2,
 }
 SUITE = """
 name = "tuned"
@@ -192,7 +195,7 @@ def test_the_command_tries_first_and_then_runs_what_was_chosen(
     )
     monkeypatch.setattr(cli, "require_app", lambda _: tmp_path)
     monkeypatch.setattr(cli, "defaults", lambda _: KNOWN)
-    comparison, failed = cli._compare_suite(tmp_path / "s.toml", 2, None)
+    comparison, failed = cli._compare_suite(cli._read_suite(str(tmp_path / "s.toml"), None), 2)
     assert failed == 0
     rates = {row.name: set(row.values("last10", "accuracy").values()) for row in comparison.rows}
     assert rates == {"exclusive": {0.3}, "flexfl": {0.3}, "flexfl, its paper's": {0.01}}
