@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexfed.compare import Comparison, Row
 from flexfed.drawing import DASHES, INK, MARKERS, legend, save, sparse, tidy, two_panels
-from flexfed.runs import Run
+from flexfed.runs import Run, lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,8 +110,8 @@ def draw(comparison: Comparison, path: Path) -> None:
         _panel(axes, lines(comparison, metric, effort), effort, scale_of(metric))
     panels[0].set_ylabel(name_of(metric), color=INK)
     if handles := panels[1].get_lines():
-        best = min if "loss" in metric else max
-        order = sorted(handles, key=lambda line: float(line.get_ydata()[-1]), reverse=best is max)  # type: ignore[index,arg-type]
+        rising = lower_is_better(metric)
+        order = sorted(handles, key=lambda line: float(line.get_ydata()[-1]), reverse=not rising)  # type: ignore[index,arg-type]
         legend(panels[1], order, "after the last round, mean over seeds")
     save(figure, path)
 

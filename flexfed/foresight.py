@@ -13,8 +13,8 @@ from typing import Any
 
 from flexfed.overrides import Scalar
 from flexfed.report import cost, duration
-from flexfed.runs import Run, load_run
-from flexfed.suites import Suite, SuiteRun, finished_folder, suite_runs, tuned, tuning_runs
+from flexfed.runs import Run
+from flexfed.suites import Suite, SuiteRun, finished_run, suite_runs, tuned, tuning_runs
 
 _MOST_NAMES = 6
 
@@ -60,13 +60,14 @@ def foresee(suite: Suite, known: Mapping[str, Scalar]) -> Foresight:
         known: every configuration key with its default.
     """
     tries = tuning_runs(suite, known)
-    if all(finished_folder(run) for run in tries):
+    tried = [(run, finished_run(run)) for run in tries]
+    if all(found for _, found in tried):
         suite = tuned(suite, tries)  # only now is it known which runs there will be
     runs = suite_runs(suite, known)
     missing, finished = [], dict[str, list[Run]]()
-    for run in [*tries, *runs]:
-        if folder := finished_folder(run):
-            finished.setdefault(run.row, []).append(load_run(folder))
+    for run, found in [*tried, *((run, finished_run(run)) for run in runs)]:
+        if found:
+            finished.setdefault(run.row, []).append(found)
         else:
             missing.append(run)
     return Foresight(len(runs), len(tries), missing, finished)

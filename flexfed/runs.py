@@ -374,6 +374,11 @@ def summarise(rounds: Sequence[Metrics], facts: Mapping[str, Any]) -> dict[str, 
     return {**facts, **summary, **facts}  # facts stand first, and win
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is the better the smaller it is: losses are."""
+    return "loss" in metric
+
+
 def quality_metrics(rounds: Sequence[Metrics]) -> list[str]:
     """Names of the metrics that describe the model (accuracies, losses), sorted."""
     names = {key for line in rounds for key, value in line.items() if _is_quality(key, value)}
@@ -397,7 +402,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _best(name: str, values: Sequence[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
-    return (min if "loss" in name else max)(numbers, default=None)
+    return (min if lower_is_better(name) else max)(numbers, default=None)
 
 
 def _numbers(rounds: Iterable[Metrics], key: str) -> list[float]:

@@ -210,7 +210,7 @@ def tuned(suite: Suite, runs: Iterable[SuiteRun]) -> Suite:
         return suite
     tried: dict[str, dict[Scalar, Run]] = {}
     for run in runs:
-        own, finished = tried.setdefault(run.row, {}), _finished_run(run)
+        own, finished = tried.setdefault(run.row, {}), finished_run(run)
         if finished is not None and run.tried is not None:
             own[run.tried] = finished
     _check_metrics(suite.name, [suite.tuning.metric], [run for own in tried.values() for run in own.values()])
@@ -228,11 +228,12 @@ def finished_folder(run: SuiteRun) -> Path | None:
 
     A damaged marker or run folder counts as none: the run is done again.
     """
-    found = _finished_run(run)
+    found = finished_run(run)
     return found.path if found else None
 
 
-def _finished_run(run: SuiteRun) -> Run | None:
+def finished_run(run: SuiteRun) -> Run | None:
+    """The run in that folder (`finished_folder`)."""
     try:
         record = json.loads((run.folder / MARKER).read_text(encoding="utf-8"))
         same = record["supernodes"] == run.supernodes and same_config(_with_new_keys(record["config"], run), run.config)
@@ -299,7 +300,7 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
     found: dict[str, dict[int, Run]] = {row: {} for row in suite.rows}
     missing = 0
     for run in runs:
-        finished = _finished_run(run)
+        finished = finished_run(run)
         if finished is None:
             missing += 1
         else:

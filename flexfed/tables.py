@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flexfed.compare import Comparison, Row, mean_and_deviation, paired_differences
 from flexfed.report import cost, plain_text
-from flexfed.runs import EXIT_PREFIX
+from flexfed.runs import EXIT_PREFIX, lower_is_better
 from flexfed.significance import LEVEL, Paired, holm, paired_test, verdict
 
 if TYPE_CHECKING:
@@ -116,9 +116,13 @@ def _number(metric: str, value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if abs(value) < 1e4 else f"{value:{sign}.2e}"
 
 
-def _difference_table(comparison: Comparison) -> TextTable:
+def _baseline_and_others(comparison: Comparison) -> tuple[Row, list[Row]]:
     (baseline,) = (row for row in comparison.rows if row.name == comparison.baseline)
-    others = [row for row in comparison.rows if row is not baseline]
+    return baseline, [row for row in comparison.rows if row is not baseline]
+
+
+def _difference_table(comparison: Comparison) -> TextTable:
+    baseline, others = _baseline_and_others(comparison)
     body = [[row.name, *(_difference_cell(row, baseline, m) for m in comparison.metrics)] for row in others]
     caption = (
         f"Difference to {baseline.name}, paired by seed: mean ± standard deviation (n - 1); in brackets the "
@@ -137,14 +141,11 @@ def _difference_cell(row: Row, baseline: Row, metric: str) -> str:
 
 def _verdict_table(comparison: Comparison) -> TextTable:
     """What the differences of the first metric show."""
-    (baseline,) = (row for row in comparison.rows if row.name == comparison.baseline)
-    metric = comparison.metrics[0]
-    others = [row for row in comparison.rows if row is not baseline]
-    tests = [paired_test(list(paired_differences(row, baseline, metric).values())) for row in others]
-    asked = [place for place, test in enumerate(tests) if test is not None and test.p is not None]
-    corrected = dict(zip(asked, holm([p for test in tests if test and (p := test.p) is not None]), strict=True))
-    body = [[row.name, *_verdict_cells(metric, test, corrected.get(place))]
-            for place, (row, test) in enumerate(zip(others, tests, strict=True))]  # fmt: skip
+    (baseline, others), metric = _baseline_and_others(comparison), comparison.metrics[0]
+    tests = {row.name: paired_test(list(paired_differences(row, baseline, metric).values())) for row in others}
+    asked = {name: test.p for name, test in tests.items() if test is not None and test.p is not None}
+    corrected = dict(zip(asked, holm(list(asked.values())), strict=True))
+    body = [[name, *_verdict_cells(metric, test, corrected.get(name))] for name, test in tests.items()]
     caption = (
         f"Is {metric} better than {baseline.name}'s? Student's t-test of the differences paired by seed, with their "
         f"95 % interval; p, and p corrected for the {len(asked)} rows (Holm), by which the verdict goes ({LEVEL:g}). "
@@ -161,7 +162,7 @@ def _verdict_cells(metric: str, test: Paired | None, corrected: float | None) ->
         return [mean, *["-"] * 5]
     ends = [_number(metric, test.mean + side * test.half_width, "+") for side in (-1, 1)]
     ps = [f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (test.p, corrected or 0.0)]
-    return [mean, *ends, *ps, verdict(test.mean, corrected, "loss" in metric)]
+    return [mean, *ends, *ps, verdict(test.mean, corrected, lower_is_better(metric))]
 
 
 def _bytes_table(comparison: Comparison) -> TextTable:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flexfed.compare import PLACE_KEYS
 from flexfed.overrides import Scalar, check_known, resolve_paths
-from flexfed.runs import Run
+from flexfed.runs import Run, lower_is_better
 
 _KEYS = ("key", "values", "seed", "metric")
 
@@ -40,7 +40,7 @@ class Tuning:
         """The value whose run was best; None where no run has a number: they diverged, or did not finish."""
         scores = {value: self._score(tried[value]) for value in self.values if value in tried}
         able = [value for value, score in scores.items() if math.isfinite(score)]
-        better = min if "loss" in self.metric else max
+        better = min if lower_is_better(self.metric) else max
         return better(able, key=scores.__getitem__, default=None)
 
     def _score(self, run: Run) -> float:
