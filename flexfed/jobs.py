@@ -11,7 +11,7 @@ import torch
 
 from flexfed.batchnorm import Statistics, apply_statistics
 from flexfed.codecs import PLAIN
-from flexfed.compute import free_gpu_memory, state_numbers, torch_device
+from flexfed.compute import free_gpu_memory, place_of, seed_draws, state_numbers, torch_device
 from flexfed.cost import forward_macs, memory_budget, testing_memory, training_macs, training_memory
 from flexfed.devices import Device
 from flexfed.exits import Exits
@@ -237,7 +237,7 @@ def train_network(
 ) -> Trained:
     """Train a network with the run's settings and the job's seed, in place; see `flexfed.training.fit`."""
     rng = np.random.default_rng(job.seed)
-    torch.manual_seed(job.seed)  # dropout
+    seed_draws(job.seed, place_of(model))
     learning_rate = task.training.rate_at(job.server_round)
     result = fit(model, samples, task.training, learning_rate, rng, loss, step, answering=answering)
     return Trained(state_numbers(model), result.loss, result.num_samples, result.accuracy)

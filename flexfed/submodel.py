@@ -374,8 +374,13 @@ def _bits(packed: bytes, num: int, what: str) -> np.ndarray:
 
 def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
     """Give a network on `meta` narrow tensors, and modules the channel counts that follow from them."""
-    for name, shape in shapes.items():
-        _put(model, name, torch.empty(shape, device="meta"))
+    return _with(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+
+
+def _with(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The network with these tensors by name, in place; batch norm's statistics on `meta` follow their width."""
+    for name, tensor in tensors.items():
+        _put(model, name, tensor)
     for module in model.modules():
         _fit_counts(module)
     return model
@@ -405,9 +410,10 @@ def _fit_counts(module: nn.Module) -> None:
     elif isinstance(module, _BatchNorm):
         if weight is not None:
             module.num_features = weight.shape[0]
-        if module.running_mean is not None:
-            module.running_mean = torch.empty(module.num_features, device="meta")
-            module.running_var = torch.empty(module.num_features, device="meta")
+        for name in ("running_mean", "running_var"):
+            statistics = getattr(module, name)
+            if statistics is not None and statistics.is_meta:
+                setattr(module, name, torch.empty(module.num_features, device="meta"))
 
 
 def _fill_statistics(norm: _BatchNorm) -> None:
@@ -441,9 +447,7 @@ def narrow(factory: Factory, arrays: Mapping[str, np.ndarray]) -> nn.Module:
             f"arrays do not fit the network {type(model).__name__}: unknown {sorted(extra)[:3]}, "
             f"missing {sorted(missing)[:3]}; give one array for each tensor of the part"
         )
-    resize(model, {name: array.shape for name, array in arrays.items() if array.ndim})
-    for name, array in arrays.items():
-        _put(model, name, torch.from_numpy(np.array(array, order="C")))
+    _with(model, {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()})
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _fill_statistics(module)

@@ -25,6 +25,7 @@ from flexfed.compute import (
     free_gpu_memory,
     numbers,
     place_of,
+    seed_draws,
     state_numbers,
     tensors_on,
     torch_device,
@@ -208,6 +209,21 @@ def test_a_gpu_has_its_own_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         require_memory(real, part, lambda _: 1101)
     monkeypatch.setattr(jobs, "free_memory", lambda: 800)
     assert free_memory_of(real, 1) == 800, "what came is in the machine's memory"
+
+
+def test_a_seed_draws_what_torch_draws_from_it() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(5)
+    seed_draws(7, CPU)
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_the_device_of_the_network_is_seeded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    seed_draws(7, CPU)
+    seed_draws(8, torch.device("cuda", 0))
+    assert seeded == [8]
 
 
 # --- precision ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 from toy import final_model
 
 import server_app
@@ -14,6 +16,7 @@ from flexfed.data import load_client, load_server, normalisation, normalise
 from flexfed.devices import Device, load_fleet
 from flexfed.jobs import Job, Update, initial_arrays, train_network
 from flexfed.submodel import full
+from flexfed.training import Samples
 from strategies import STRATEGIES
 from strategies.base import SubmodelStrategy
 
@@ -41,6 +44,18 @@ def test_one_client_with_everything_gives_the_model_that_it_trained(tmp_path: Pa
     assert any(not np.array_equal(final[name], arrays[name]) for name in final)
     for name, array in final.items():
         np.testing.assert_allclose(array, trained[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_dropout_draws_from_the_seed_of_the_job() -> None:
+    task = strategy_of("fedavg").task
+    arrays, rng = initial_arrays(task, "", 1), np.random.default_rng(0)
+    samples = Samples(torch.from_numpy(rng.standard_normal((12, 1, 8, 8), dtype=np.float32)), torch.arange(12) % 10)
+    job = Job(full(task.layout), arrays, Device(0), {}, 3, 1)
+    found = []
+    for drawn_before in (1, 2):
+        torch.rand(drawn_before)
+        found.append(train_network(nn.Sequential(task.network(arrays), nn.Dropout(0.5)), job, task, samples).loss)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

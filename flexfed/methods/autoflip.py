@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flexfed.compute import state_numbers
+from flexfed.compute import place_of, seed_draws, state_numbers
 from flexfed.cost import training_macs
 from flexfed.jobs import Job, Task, Update, make_update, require_memory, train_network
 from flexfed.methods.autoflip_masks import Normalise, squared_deviations
@@ -246,7 +246,7 @@ def explore(job: Job, task: Task, data: ClientData) -> Update:
     task = replace(task, training=exploration(task.training, config))
     require_memory(job.device, job.submodel, task.memory_to_train)
     model, patience = task.network(job.arrays), Patience(config.explore_patience)
-    torch.manual_seed(job.seed)  # dropout
+    seed_draws(job.seed, place_of(model))
     rng = np.random.default_rng(job.seed)
     result = fit(model, data.train, task.training, task.training.learning_rate, rng, go_on=patience)
     found = Submodel(job.submodel.units, prunable_tensors(task))
