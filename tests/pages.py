@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ as tests see them: fenced blocks, commands, links."""
+"""The README and the pages of docs/ as tests see them: fenced blocks, commands, links, files and keys they name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from pathlib import Path
 from toy import ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+LINKING = (*PAGES, ROOT / "CHANGELOG.md", ROOT / "deploy" / "README.md", *sorted((ROOT / "benchmarks").rglob("*.md")))
+"""All that people read here, results included."""
 RUN = "~/.flexfed/runs/..."
 """Stands in the pages for the folder of some run."""
 
 _FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_BUILT = re.compile(r"<!-- begin .*?<!-- end -->", re.DOTALL)
+_FILE = re.compile(r"(?<![\w/.-])(?:flexfed|strategies|configs|tests|benchmarks|docs|deploy)/[\w./*-]*[\w*]")
+_SETTING = re.compile(r"(?<![\w.-])([a-z][\w-]*(?:\.[a-z][\w-]*)*) ?=(?!=)")
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,24 @@ def prose_of(path: Path) -> str:
     return _FENCE.sub("", path.read_text(encoding="utf-8"))
 
 
-def links_of(path: Path) -> list[str]:
-    """Where a page's links lead that stay in the repository: `file`, `file#heading` or `#heading`."""
-    return [link for link in _LINK.findall(prose_of(path)) if not re.match(r"[a-z]+:", link)]
+def by_hand(path: Path) -> str:
+    """A page's prose without the parts that `docs.build` writes, and without code between the words."""
+    return re.sub(r"`[^`\n]*`", "", _BUILT.sub("", prose_of(path)))
+
+
+def links_in(text: str) -> list[str]:
+    """Where links lead that stay in the repository: `file`, `file#heading` or `#heading`."""
+    return [link for link in _LINK.findall(text) if not re.match(r"[a-z]+:", link)]
+
+
+def files_of(path: Path) -> list[str]:
+    """Files and folders of the repository that a page's prose names, from the root on; `*` stands for many."""
+    return _FILE.findall(prose_of(path))
+
+
+def settings_of(path: Path) -> list[str]:
+    """The keys that a page's prose sets: the words before `=` in its code."""
+    return [key for code in re.findall(r"`([^`\n]+)`", prose_of(path)) for key in _SETTING.findall(code)]
 
 
 def headings_of(path: Path) -> set[str]:

@@ -12,13 +12,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from pages import PAGES, blocks_of, commands_of, edited, headings_of, links_of, name_of, prose_of
+from pages import (
+    LINKING,
+    PAGES,
+    blocks_of,
+    commands_of,
+    edited,
+    files_of,
+    headings_of,
+    links_in,
+    name_of,
+    prose_of,
+    settings_of,
+)
 from toy import ROOT
 
 from flexfed.data import PARTITIONS
 from flexfed.data.sources import BUILT_IN
 from flexfed.devices import FLEETS, DeviceClass, declared
 from flexfed.models import MODELS
+from flexfed.overrides import defaults
 from flexfed.rivals import BANDITS
 from flexfed.runs import find_runs, load_run
 from strategies.federated import FederatedStrategy
@@ -26,15 +39,16 @@ from strategies.levels import LevelStrategy
 from strategies.widths import WidthStrategy
 
 ADDING = ROOT / "docs" / "adding-a-method.md"
+KEYS = frozenset(defaults(ROOT))
 pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 # --- words and links ----------------------------------------------------------------------------------------------
 
 
-@pages
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in links_of(page):
+    for link in links_in(prose_of(page)):
         file, _, heading = link.partition("#")
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), f"{name_of(page)} links to {link}"
@@ -44,7 +58,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_index_has_every_page() -> None:
     index = ROOT / "docs" / "README.md"
     expected = {path.name for path in index.parent.glob("*.md")} - {index.name} | {"methods/README.md"}
-    assert expected <= set(links_of(index))
+    assert expected <= set(links_in(prose_of(index)))
 
 
 def test_the_readme_is_a_screen_and_a_half() -> None:
@@ -53,10 +67,25 @@ def test_the_readme_is_a_screen_and_a_half() -> None:
 
 @pages
 def test_files_that_are_named_are_there(page: Path) -> None:
-    rooms = "flexfed|strategies|tests|docs|deploy|benchmarks|configs"
     made = {block.file for block in blocks_of(page)}
-    for name in re.findall(rf"`((?:{rooms})/[\w./-]*)`", prose_of(page)):
-        assert name in made or (ROOT / name).exists(), f"{name_of(page)} names {name}"
+    for name in files_of(page):
+        assert name in made or list(ROOT.glob(name)), f"{name_of(page)} names {name}"
+
+
+@pages
+def test_keys_that_are_set_between_the_words_exist(page: Path) -> None:
+    """Those of the configuration, on a method's page also without its name, and what a node-config may say."""
+    own = {f"{page.stem}.", "bandit." if page.stem == "fedlps" else ""} if page.parent.name == "methods" else {""}
+    for key in settings_of(page):
+        known = key in {"data-path", *keys_of_a_device()} or any(prefix + key in KEYS for prefix in {"", *own})
+        assert known, f"{name_of(page)} sets {key}"
+
+
+def test_a_key_that_does_not_exist_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("`codec='int8'`, `flexfl.kd-weigth = 1`, `a == b` and\n```bash\nx=1\n```\n", encoding="utf-8")
+    assert settings_of(page) == ["codec", "flexfl.kd-weigth"]
+    assert "flexfl.kd-weigth" not in KEYS
 
 
 def keys_of_a_device() -> set[str]:

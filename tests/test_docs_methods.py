@@ -1,13 +1,16 @@
-"""docs/methods: a page for every strategy, nothing stale, no dead link, every number from results, real commands."""
+"""docs/methods: a page for every strategy, nothing stale, every number from results, commands of its own method.
+
+Links, files and keys are looked at in test_docs.py, with those of all pages.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from pages import blocks_of, by_hand, commands_of, links_in
 from toy import ROOT
 
 from docs import build
@@ -26,31 +29,21 @@ BESIDE = {"fedlps": keys_of(BanditConfig, "bandit.")}
 """Tables of knobs that stand on a page beside those of its strategies."""
 MEASURED = re.compile(r"\d+\.\d+|\d+(?= (?:%|points|times|MB|G |seconds))")
 """Numbers of prose that must come from a file of results."""
-FILE = re.compile(r"(?<![\w/.-])(?:flexfed|strategies|configs|tests|benchmarks|docs|deploy)/[\w./*-]*[\w*]")
 
 
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def by_hand(page: Path) -> str:
-    """A page without the parts that the tool writes."""
-    return re.sub(r"<!-- begin .*?<!-- end -->", "", text_of(page), flags=re.DOTALL)
-
-
-def prose(page: Path) -> str:
-    """What is written by hand, without code."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```$", "", by_hand(page), flags=re.DOTALL | re.MULTILINE))
-
-
-def links(text: str) -> list[str]:
-    return [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("https://")]
-
-
 def commands(page: Path) -> list[list[str]]:
-    """The words of each command of a page's shell blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
-    return [words for block in blocks for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+    """The words of each command of a page."""
+    shells = [block for block in blocks_of(page) if block.language == "bash"]
+    return [command.words for block in shells for command in commands_of(block)]
+
+
+def is_told(number: str, told: str) -> bool:
+    """Whether a number stands in a text by itself, not as a part of a longer one."""
+    return re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", told) is not None
 
 
 # --- pages ------------------------------------------------------------------------------------------------------
@@ -87,23 +80,14 @@ def test_every_knob_has_a_meaning_and_its_default_a_source(page: Path) -> None:
 
 
 @pages
-def test_links_and_files_exist(page: Path) -> None:
-    assert links(text_of(page))
-    for target in links(text_of(page)):
-        assert (page.parent / target).exists(), target
-    for name in FILE.findall(text_of(page)):
-        assert list(ROOT.glob(name)), name
-
-
-@pages
 def test_every_number_stands_in_the_results_that_its_paragraph_links_to(page: Path) -> None:
-    for paragraph in re.split(r"\n\n|\n(?=- )", prose(page)):
-        files = [page.parent / target for target in links(paragraph) if "benchmarks/results/" in target]
+    for paragraph in re.split(r"\n\n|\n(?=- )", by_hand(page)):
+        files = [page.parent / target for target in links_in(paragraph) if "benchmarks/results/" in target]
         told = " ".join(map(text_of, files))
         without_links = re.sub(r"\]\([^)]+\)", "]", paragraph)
         for number in MEASURED.findall(without_links):
-            found = re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", told)
-            assert found, f"{page.name}: {number} is in none of {[file.name for file in files]}: {paragraph}"
+            where = [file.name for file in files]
+            assert is_told(number, told), f"{page.name}: {number} is in none of {where}: {paragraph}"
 
 
 def test_every_number_of_the_page_of_results_stands_in_a_file_that_its_row_links_to() -> None:
@@ -111,9 +95,9 @@ def test_every_number_of_the_page_of_results_stands_in_a_file_that_its_row_links
     rows = [line.split("|")[1:-1] for line in text_of(page).splitlines() if re.match(r"\|.*benchmarks/results/", line)]
     assert len(rows) > 8
     for _, _, *measured in rows:  # the first two say what a paper claims
-        told = " ".join(text_of(page.parent / target) for target in links(measured[-1]))
+        told = " ".join(text_of(page.parent / target) for target in links_in(measured[-1]))
         for number in re.findall(r"\d+\.\d+", measured[0]):
-            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d]|\.\d)", told), f"{number}: {measured}"
+            assert is_told(number, told), f"{number}: {measured}"
 
 
 @pages
