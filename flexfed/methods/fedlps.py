@@ -29,6 +29,8 @@ authors' (the switches that come near the code are named):
   is the whole network whatever the ratio, where the code counts the rows that are not masked.
 - Replies tell the accuracy during training, as in the code, and none on validation samples: clients test their own
   models in every evaluation.
+- In tests the code normalises by the batch; here a client's own model has the statistics of its training samples, the
+  global one those of the proxy data (`batch-norm`).
 - A client whose device is too weak for its own model in some round tests a part of the global one that it can hold:
   its best units by the ranking it told, or the first ones where it told none.
 """

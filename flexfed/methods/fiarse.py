@@ -7,7 +7,7 @@ training itself sort them (`flexfed.methods.fiarse_masks`), so one dense model s
 and a bit for each entry travel; a masked network computes densely: `unstructured` sizes save bytes, no memory and no
 time.
 
-Differences from the released code:
+Differences from the released code, which the formulas follow: of the paper only abstract and results were read.
 - Clients train `local-epochs` with the run's optimiser, batch and decay, not a number of mini-batches with plain SGD:
   with `momentum=0 weight-decay=0` it is theirs. Whatever the optimiser remembers, an entry that has dropped out stays
   where it was when it dropped out, and is zero in the network.
@@ -19,6 +19,7 @@ Differences from the released code:
 - Who trains which size follows the device's capacity: the largest s that is not above it, the smallest for all others.
   Norms and all else that is never masked come on top of s.
 - With one threshold a layer ("layerwise"), each keeps one entry at least.
+- Norms have no running statistics, as there; tests have those of each size on the server's proxy data (`batch-norm`).
 - `min-per-tensor`; the released code lets small sizes empty whole layers, which the record tells (`emptied-layers`).
 
 `mode = "units"` is ours, not the authors': units are scored by the root mean square of their entries, and the best make

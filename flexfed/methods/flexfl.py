@@ -6,7 +6,8 @@ data, measures how silent each group is (`flexfed.importance`) and derives level
 prefix of the next. It dispatches S, M or L; a device short of resources trains the largest level it can hold
 now, and its student also learns from the smaller networks inside it.
 
-Differences from the released code (mastlab-T3S/FlexFL, cec0e6c); the option in brackets undoes one:
+Differences from the released code (mastlab-T3S/FlexFL, cec0e6c), which the formulas follow: of the paper only abstract,
+overview figure and two tables could be read. The option in brackets undoes one:
 - Levels go to devices nominally able to hold them; there to ids from 0 / 4 / 14 on [eligibility]. They are
   drawn from those left, largest level first; there all is redrawn until none repeats, which in small fleets
   hardly ends and starves L [dispatch]. The device shrinks the model; there the server decides.
@@ -19,6 +20,8 @@ Differences from the released code (mastlab-T3S/FlexFL, cec0e6c); the option in 
 - The divergence is written out, not left to `kl_div`'s mean; there a weight below 1 becomes 0, and teachers
   get gradients, and in the first round dropout.
 - A device with less than a batch trains on it; there it trains nothing and votes.
+- Tests normalise by statistics of each level on the proxy data; there by those of the test batch [batch-norm].
+- Last round, last ten and best are told; there the round that is best on the test set alone.
 """
 
 from __future__ import annotations

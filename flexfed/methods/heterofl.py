@@ -14,6 +14,7 @@ Differences from the released code:
 - A client's own test keeps all logits; there absent classes are masked in it as in training.
 - Devices train at their nominal capacity, however little is free now; FlexFL's shrink.
 - The scaler is hooks on any network (`flexfed.scaler`), not a layer written into each model.
+- Its Transformer is not here: layer norm cannot be cut without changing what it computes.
 """
 
 from __future__ import annotations
