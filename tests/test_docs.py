@@ -135,8 +135,8 @@ def test_questions_that_the_page_on_methods_names_are_asked() -> None:
 
 # --- the method of the page on adding one --------------------------------------------------------------------------
 
-TESTED = ["tests/test_feddropout.py", "tests/test_contract.py", "tests/test_config.py", "tests/test_ratios.py"]
-CHOSEN = "feddropout or same_names or pyproject_holds or any_width"
+TESTED = [f"tests/test_{name}.py" for name in ("feddropout", "contract", "config", "ratios", "suites")]
+CHOSEN = "feddropout or same_names or pyproject_holds or any_width or smoke_suite"
 DRIVER = """
 import json, sys
 from typer.testing import CliRunner
