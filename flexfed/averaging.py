@@ -361,10 +361,13 @@ def _num_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def refuse_non_finite(flat: torch.Tensor) -> None:
-    """Raise ValueError where a vector holds NaN, infinity, or numbers so large that a sum of them overflows.
+    """Refuse a vector whose numbers cannot be added up.
 
     The sum of squares carries every such entry into one number, at the speed of reading; only when that number
     is not finite are the entries looked at.
+
+    Raises:
+        ValueError: it holds NaN, infinity, or numbers above 1e18, whose squares or sums might overflow.
     """
     if not math.isfinite(float(torch.linalg.vector_norm(flat))):
         bad = int((~(flat.abs() < _LARGEST)).sum())

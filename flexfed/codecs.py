@@ -149,7 +149,7 @@ class Codec:
         return {"codes": packed, "scales": np.array(scales, dtype=np.float32), "floats": floats}
 
     def decode(self, arrays: Mapping[str, np.ndarray], pieces: Pieces) -> np.ndarray:
-        """The numbers of a part, float32 in wire order; believes nothing.
+        """The numbers of a part, float32 in wire order, (sum of the pieces' sizes,); believes nothing.
 
         Raises:
             ValueError: other arrays than `encode` gives for these pieces, codes that no encoder writes, or scales that

@@ -68,7 +68,12 @@ def _load_sound(path: Path) -> Run | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One method (or variant) of a comparison: its finished runs, by seed."""
+    """One method (or variant) of a comparison.
+
+    Attributes:
+        name: of its row.
+        runs: seed -> finished run.
+    """
 
     name: str
     runs: Mapping[int, Run]

@@ -108,7 +108,13 @@ class Device:
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """One row of a fleet file; `capacity_spread` holds the values one of which each device gets."""
+    """One row of a fleet file: what its devices have, in the units of `Device`.
+
+    Attributes:
+        kind: what people call them.
+        share: of all devices, in [0, 1].
+        capacity_spread: values, one of which each device gets.
+    """
 
     kind: str
     share: float
@@ -143,7 +149,11 @@ class DeviceClass:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Classes of simulated devices, weakest first; partitions are dealt to them in order."""
+    """Classes of simulated devices, weakest first; partitions are dealt to them in order.
+
+    Attributes:
+        classes: whose shares add up to 1.
+    """
 
     classes: tuple[DeviceClass, ...]
 
@@ -160,7 +170,11 @@ class Fleet:
         return [*counts, num - sum(counts)]
 
     def device(self, partition: int, num: int, seed: int) -> Device:
-        """The device of one partition; its spread is drawn once, from (seed, partition)."""
+        """The device of one partition of `num`; its spread is drawn once, from (seed, partition).
+
+        Raises:
+            ValueError: there is no such partition.
+        """
         if not 0 <= partition < num:
             raise ValueError(f"partition must be in 0..{num - 1}, got {partition}")
         ends = np.cumsum(self.counts(num))

@@ -283,7 +283,17 @@ def _part_of(layout: Layout, outer: Submodel, inner: Submodel, difference: np.nd
 
 
 def shrink(layout: Layout, outer: Submodel, inner: Submodel, part: Mapping[str, np.ndarray]) -> Arrays:
-    """Cut a part further, without the full network: what a device does when its memory is short."""
+    """Cut a part further, without the full network: what a device does when its memory is short.
+
+    Args:
+        layout: the full network's numbering.
+        outer: what `part` holds.
+        inner: what is to be left of it; both in the full numbering.
+        part: tensor -> narrow array of `outer`.
+
+    Returns:
+        Tensor -> narrow array of `inner`; may share memory with `part`.
+    """
     return {
         name: take(part[name], relative_positions(layout, outer, inner, name))
         for name in layout.shapes

@@ -143,7 +143,11 @@ def _watch(flower: Flower, run_id: str, echo: Echo) -> int:
 
 @contextlib.contextmanager
 def private_flower(bin_dir: Path) -> Iterator[Flower]:
-    """A Flower of our own on free ports while the block lasts; its processes are gone afterwards."""
+    """A Flower of our own on free ports while the block lasts; its processes are gone afterwards.
+
+    Raises:
+        LaunchError: `flwr` is not in that folder.
+    """
     program = bin_dir / "flwr"
     if not program.exists():
         raise LaunchError(f"no `flwr` in {bin_dir}; install the dependencies into this Python: pip install -e .")

@@ -55,7 +55,11 @@ def nest(flat: Mapping[str, Scalar]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file's content; errors name the file."""
+    """A TOML file's content.
+
+    Raises:
+        ValueError: no such file, or not valid TOML; names the file, and a key that is given twice.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -209,7 +213,11 @@ def _check_line(line: str) -> None:
 
 
 def check_known(values: Mapping[str, Scalar], known: Mapping[str, Scalar]) -> None:
-    """Refuse keys that do not exist, naming those that look alike, and values of the wrong kind."""
+    """Refuse what the configuration does not have.
+
+    Raises:
+        ValueError: a key that does not exist, with those that look alike, or a value of another kind than its default.
+    """
     for key, value in values.items():
         if key not in known:
             near = near_matches(key, known)

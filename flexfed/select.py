@@ -40,6 +40,9 @@ def kept_units(ratio: float, size: int, rounding: Rounding = "ceil") -> int:
 
     Binary fractions make 0.07 * 100 a hair more than 7, so 1e-9 is taken off before rounding up and
     added before rounding down (the released HeteroFL and ScaleFL code does not: it gets 8, not 7).
+
+    Raises:
+        ValueError: the ratio is not in (0, 1].
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
@@ -49,7 +52,11 @@ def kept_units(ratio: float, size: int, rounding: Rounding = "ceil") -> int:
 
 
 def prefix(layout: Layout, sizes: Mapping[str, int]) -> Submodel:
-    """The first `sizes[group]` units of every group; groups not named, and fixed ones, stay whole."""
+    """The first `sizes[group]` units of every group; groups not named, and fixed ones, stay whole.
+
+    Raises:
+        ValueError: a size below 1 or above the group's.
+    """
     units = np.ones(layout.num_units, dtype=bool)
     for group, size in sizes.items():
         span = layout.groups[group]
@@ -84,7 +91,14 @@ def window(layout: Layout, ratio: float, start: int, step: int = 1) -> Submodel:
 
 
 def top(layout: Layout, scores: np.ndarray, ratio: float, rounding: Rounding = "ceil") -> Submodel:
-    """The `ratio` of every group with the highest scores; of equal scores the lower unit number wins."""
+    """The `ratio` of every group with the highest scores; of equal scores the lower unit number wins.
+
+    Args:
+        layout: the network's numbering.
+        scores: one for each unit, (num_units,); those of fixed groups, which stay whole, do not matter.
+        ratio: kept fraction of each group, in (0, 1].
+        rounding: of the units that a group keeps; at least one.
+    """
     units = np.zeros(layout.num_units, dtype=bool)
     for group, span in layout.groups.items():
         size = len(span)
@@ -112,7 +126,11 @@ def ratio_groups(layout: Layout, model: nn.Module) -> tuple[RatioGroup, ...]:
 
 
 def ratio_widths(layout: Layout, groups: Sequence[RatioGroup], ratios: Sequence[float]) -> dict[str, int]:
-    """Units each layout group keeps when ratio group i keeps `ratios[i]`: floor(W * r), at least one."""
+    """Units each layout group keeps when ratio group i keeps `ratios[i]`: floor(W * r), at least one.
+
+    Raises:
+        ValueError: not one ratio for each ratio group.
+    """
     if len(groups) != len(ratios):
         raise ValueError(f"expected one ratio for each of {len(groups)} ratio groups, got {len(ratios)}")
     sizes: dict[str, int] = {}

@@ -120,7 +120,11 @@ def _kept(axis: np.ndarray | None, units: np.ndarray) -> np.ndarray | None:
 
 
 def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor: str) -> tuple[np.ndarray | None, ...]:
-    """Where `inner` stands inside the part that `outer` extracts; both in the full numbering, `outer` cut "all"."""
+    """Where `inner` stands inside the part that `outer` extracts; both in the full numbering, `outer` cut "all".
+
+    Returns:
+        For each axis of the tensor ascending positions in the part of `outer`; None = all of them.
+    """
     return tuple(
         None if units is None else _kept(units[outer.units[units]], inner.units)
         for units in axes_cut(layout, inner, tensor)
@@ -193,7 +197,11 @@ def extract(layout: Layout, submodel: Submodel, arrays: Mapping[str, np.ndarray]
 
 
 def flatten(layout: Layout, submodel: Submodel, part: Mapping[str, np.ndarray]) -> np.ndarray:
-    """All tensors of a part as one float32 vector in wire order, of masked ones the kept entries."""
+    """All tensors of a part as one float32 vector in wire order, of masked ones the kept entries.
+
+    Raises:
+        ValueError: a tensor of the submodel is missing, or has another shape than its narrow one.
+    """
     shapes = narrow_shapes(layout, submodel)
     for name, shape in shapes.items():
         if name not in part or part[name].shape != shape:
@@ -236,7 +244,7 @@ def unflatten(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
 
 
 def dense(submodel: Submodel, tensor: str, kept: np.ndarray) -> np.ndarray:
-    """A masked tensor of a part from its kept entries."""
+    """A masked tensor of a part, in its narrow shape, from its kept entries, a vector; zero elsewhere."""
     mask = submodel.masks[tensor]
     values = np.zeros(mask.shape, dtype=kept.dtype)
     values[mask] = kept
@@ -251,6 +259,10 @@ def compose(outer: Submodel, inner: Submodel) -> Submodel:
     Args:
         outer: what was received.
         inner: bool over the kept units of `outer`; its `keys` must be among `outer`'s.
+
+    Raises:
+        ValueError: `inner` speaks of another number of units, or of tensors that `outer` lacks; or either has masks,
+            or is cut to rows.
     """
     if outer.masks or inner.masks or (outer.cut, inner.cut) != ("all", "all"):
         raise ValueError(

@@ -132,7 +132,11 @@ class SubmodelStrategy(MethodStrategy):
         return self._jobs(server_round)
 
     def begin(self, arrays: Arrays, grid: Grid) -> None:
-        """Prepare, once the devices are known; or take up what a run that goes on had prepared."""
+        """Prepare, once the devices are known; or take up what a run that goes on had prepared.
+
+        Raises:
+            ValueError: no device can train anything.
+        """
         self._arrays, self._begun = arrays, True
         if self._resumed is None:
             self.devices = self.federation.devices

@@ -146,7 +146,11 @@ class Compressed(SubmodelStrategy):
     # Which part -------------------------------------------------------------------------------------------------
 
     def part_of(self, device: Device, server_round: int) -> Assignment:
-        """The part of the device's tier, and how it travels."""
+        """The part of the device's tier, and how it travels.
+
+        Raises:
+            ValueError: it can train none.
+        """
         tier = self.tier_of(device)
         if tier is None:
             raise ValueError(f"partition {device.partition} ({device.kind}) cannot train any tier of the ladder")

@@ -184,7 +184,11 @@ class FlexFL(WidthStrategy):
         return sum(self.task.macs(teachers[j]) for j in teacher_levels(len(teachers), self.task.method))
 
     def level_trained(self, assignment: Assignment, update: Update) -> str:
-        """The level that was trained, by the units of the reply: never assume the one dispatched."""
+        """The level that was trained, by the units of the reply: never assume the one dispatched.
+
+        Raises:
+            ValueError: they are those of no level.
+        """
         for name, submodel in self._pool.items():
             if submodel.key == update.submodel.key:
                 return name

@@ -102,7 +102,7 @@ class MethodStrategy(FederatedStrategy):
         return 1.0 if getattr(self.task.method, "weights", "examples") == "uniform" else update.weight
 
     def counted(self, update: Update) -> tuple[Submodel, np.ndarray]:
-        """What of a reply the mean counts, and its differences: all of it."""
+        """What of a reply the mean counts, and its differences, float32 and flat in wire order: all of it."""
         return update.submodel, update.difference
 
     def level_trained(self, assignment: Assignment, update: Update) -> str:

@@ -120,7 +120,18 @@ def given_scores(scores: Sequence[float], groups: Sequence[RatioGroup]) -> tuple
 
 
 def keep_scores(apoz: Sequence[float] | np.ndarray, num_parameters: Sequence[int] | np.ndarray) -> np.ndarray:
-    """How much of each group to keep: s_i = 1 - A_i ln(P_i) / ln(max P). Silent, large groups lose most."""
+    """How much of each group to keep: s_i = 1 - A_i ln(P_i) / ln(max P). Silent, large groups lose most.
+
+    Args:
+        apoz: A, (groups,), in [0, 1].
+        num_parameters: P, (groups,), at least 1.
+
+    Returns:
+        float64, (groups,), in [0, 1].
+
+    Raises:
+        ValueError: not one score in [0, 1] for each group.
+    """
     silence, size = np.asarray(apoz, dtype=np.float64), np.asarray(num_parameters, dtype=np.float64)
     if silence.shape != size.shape or not ((silence >= 0) & (silence <= 1)).all() or size.min() < 1:
         raise ValueError(f"flexfl.scores: expected one APoZ in [0, 1] for {size.size} groups, got {silence}")
@@ -128,7 +139,7 @@ def keep_scores(apoz: Sequence[float] | np.ndarray, num_parameters: Sequence[int
 
 
 def ratios(scores: np.ndarray, strength: float) -> np.ndarray:
-    """Kept fraction of each group, not rounded: r_i = clip(100 s_i / strength, 0.01, 1)."""
+    """Kept fraction of each group, (groups,), not rounded: r_i = clip(100 s_i / strength, 0.01, 1)."""
     return np.clip(scores * 100 / strength, 0.01, 1.0)
 
 

@@ -58,7 +58,11 @@ def measure_scores(task: Task, server: ServerData, seed: int) -> tuple[float, ..
 
 
 def split(samples: Samples, rng: np.random.Generator) -> tuple[Samples, Samples]:
-    """Shuffle and divide: 80 % to train on, 20 % to measure on."""
+    """Shuffle and divide: 80 % to train on, 20 % to measure on.
+
+    Raises:
+        ValueError: there are fewer than ten samples.
+    """
     num = len(samples.labels)
     if num < 10:
         raise ValueError(

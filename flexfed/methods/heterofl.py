@@ -169,6 +169,9 @@ def limit_classes(layout: Layout, submodel: Submodel, present: np.ndarray) -> Su
         layout: the network's numbering; its fixed groups are class outputs.
         submodel: what the client trained.
         present: bool (classes,).
+
+    Raises:
+        ValueError: a fixed group has another number of outputs than there are classes.
     """
     units = submodel.units.copy()
     for group in layout.fixed:

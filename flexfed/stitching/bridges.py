@@ -96,7 +96,7 @@ def ridge(sums: Sums, penalty: float) -> np.ndarray:
 
 
 def affine(theta: np.ndarray) -> Bridge:
-    """A solution as float32: the last row is the bias."""
+    """A solution, (c + 1, c'), as a bridge in float32: the last row is the bias."""
     return Bridge(np.ascontiguousarray(theta[:-1].T, np.float32), theta[-1].astype(np.float32))
 
 

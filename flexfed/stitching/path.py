@@ -236,7 +236,7 @@ def ids_of(name: str) -> tuple[int, ...]:
 
 
 def packed(bridges: Mapping[int, Bridge]) -> dict[str, np.ndarray]:
-    """Bridges as named arrays, for messages and files."""
+    """Bridges, by position in the path, as arrays `bridge/<position>/weight` and `.../bias`, for messages and files."""
     names: dict[str, np.ndarray] = {}
     for position, bridge in bridges.items():
         names[f"bridge/{position}/weight"], names[f"bridge/{position}/bias"] = bridge.weight, bridge.bias

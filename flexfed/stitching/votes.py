@@ -123,7 +123,7 @@ def valid_scores(scores: np.ndarray, num_candidates: int) -> str | None:
 
 
 def softmax(values: np.ndarray, temperature: float) -> np.ndarray:
-    """Softmax of values / temperature."""
+    """Softmax of values / temperature, in the shape of `values`, a vector; sums up to 1. The temperature is > 0."""
     powers = np.exp((values - values.max()) / temperature)
     return np.asarray(powers / powers.sum())
 
