@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexfed.compare import Comparison, Row
 from flexfed.drawing import DASHES, INK, MARKERS, legend, save, sparse, tidy, two_panels
-from flexfed.runs import Run, lower_is_better
+from flexfed.report import quality
+from flexfed.runs import Run, in_percent, lower_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +99,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     """Write the comparison's first metric against the data and against the modelled time of training, as PNG.
 
     Lines are means over seeds, bands (of seven rows at most) their range; the legend names the rows by their last
-    value, best first.
+    value, best first. A line ends where one of its seeds stops or has no number any more.
 
     Args:
         comparison: of finished runs.
@@ -107,31 +108,37 @@ def draw(comparison: Comparison, path: Path) -> None:
     metric = comparison.metrics[0]
     figure, panels = two_panels(comparison.title)
     for axes, effort in zip(panels, EFFORTS, strict=True):
-        _panel(axes, lines(comparison, metric, effort), effort, scale_of(metric))
+        _panel(axes, lines(comparison, metric, effort), effort, metric)
     panels[0].set_ylabel(name_of(metric), color=INK)
     if handles := panels[1].get_lines():
         rising = lower_is_better(metric)
         order = sorted(handles, key=lambda line: float(line.get_ydata()[-1]), reverse=not rising)  # type: ignore[index,arg-type]
-        legend(panels[1], order, "after the last round, mean over seeds")
+        legend(panels[1], order, "where its line ends, mean over seeds")
     save(figure, path)
 
 
 def scale_of(metric: str) -> float:
     """By what a metric is multiplied to be read: accuracies in percent."""
-    return 100.0 if "accuracy" in metric else 1.0
+    return 100.0 if in_percent(metric) else 1.0
 
 
 def name_of(metric: str) -> str:
     """A metric and its unit, for an axis."""
-    return f"{metric}, %" if "accuracy" in metric else metric
+    return f"{metric}, %" if in_percent(metric) else metric
 
 
-def _panel(axes: Axes, drawn: Sequence[Line], effort: Effort, scale: float) -> None:
+def _panel(axes: Axes, drawn: Sequence[Line], effort: Effort, metric: str) -> None:
+    scale = scale_of(metric)
     for place, line in enumerate(drawn):
         mean, low, high = ([scale * value for value in part] for part in (line.mean, line.low, line.high))
         if len(drawn) <= len(COLOURS):  # more bands hide one another
             axes.fill_between(line.spent, low, high, color=COLOURS[place % len(COLOURS)], alpha=0.1, linewidth=0)
-        axes.plot(line.spent, mean, label=f"{line.label}   {mean[-1]:.1f}", **_style(place, len(drawn), len(mean)))
+        axes.plot(
+            line.spent,
+            mean,
+            label=f"{line.label}   {quality(metric, line.mean[-1])}",
+            **_style(place, len(drawn), len(mean)),
+        )
     if is_wide(drawn):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")

@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexfed.runs import EXIT_PREFIX, KIND_PREFIX, Metrics, Run, leaves_devices_out, quality_metrics, title_of
+from flexfed.runs import (
+    EXIT_PREFIX,
+    KIND_PREFIX,
+    Metrics,
+    Run,
+    in_percent,
+    leaves_devices_out,
+    quality_metrics,
+    title_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +93,21 @@ def cost(key: str, value: float | None) -> str:
     if "seconds" in key:
         return duration(value)
     return scaled(value, "B" if key.startswith("bytes") else "J" if key == "joules" else "")
+
+
+def quality(metric: str, value: float | None, sign: str = "") -> str:
+    """One of the qualities of a summary: in percent with one digit, others with three; of a diverged run three in all.
+
+    Args:
+        metric: its name.
+        value: as it stands in the summary.
+        sign: "+" for a difference, which shows its sign always.
+    """
+    if value is None:
+        return "-"
+    if in_percent(metric):
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if abs(value) < 1e4 else f"{value:{sign}.2e}"
 
 
 def level_names(metrics: Iterable[str]) -> list[str]:

@@ -379,6 +379,11 @@ def lower_is_better(metric: str) -> bool:
     return "loss" in metric
 
 
+def in_percent(metric: str) -> bool:
+    """Whether people read a metric in percent: accuracies are fractions."""
+    return "accuracy" in metric
+
+
 def quality_metrics(rounds: Sequence[Metrics]) -> list[str]:
     """Names of the metrics that describe the model (accuracies, losses), sorted."""
     names = {key for line in rounds for key, value in line.items() if _is_quality(key, value)}

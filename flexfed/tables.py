@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexfed.compare import Comparison, Row, mean_and_deviation, paired_differences
-from flexfed.report import cost, plain_text
+from flexfed.report import cost, plain_text, quality
 from flexfed.runs import EXIT_PREFIX, lower_is_better
 from flexfed.significance import LEVEL, Paired, holm, paired_test, verdict
 
@@ -96,7 +96,7 @@ def _spread_cell(row: Row, metric: str) -> str:
     cell = _mean_cell(metric, row.values("last10", metric).values())
     if cell == "-":
         return cell
-    return f"{cell} ({_number(metric, final)})" + "*" * row.leaves_devices_out(metric)
+    return f"{cell} ({quality(metric, final)})" + "*" * row.leaves_devices_out(metric)
 
 
 def _mean_cell(metric: str, values: Iterable[float], sign: str = "") -> str:
@@ -104,16 +104,7 @@ def _mean_cell(metric: str, values: Iterable[float], sign: str = "") -> str:
     mean, deviation = mean_and_deviation(values)
     if mean is None:
         return "-"
-    return _number(metric, mean, sign) + ("" if deviation is None else f" ± {_number(metric, deviation)}")
-
-
-def _number(metric: str, value: float | None, sign: str = "") -> str:
-    """Accuracies in percent with one digit, other metrics with three; of a run that diverged three in all."""
-    if value is None:
-        return "-"
-    if "accuracy" in metric:
-        return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.3f}" if abs(value) < 1e4 else f"{value:{sign}.2e}"
+    return quality(metric, mean, sign) + ("" if deviation is None else f" ± {quality(metric, deviation)}")
 
 
 def _baseline_and_others(comparison: Comparison) -> tuple[Row, list[Row]]:
@@ -157,10 +148,10 @@ def _verdict_table(comparison: Comparison) -> TextTable:
 def _verdict_cells(metric: str, test: Paired | None, corrected: float | None) -> list[str]:
     if test is None:
         return ["-"] * 6
-    mean = _number(metric, test.mean, "+")
+    mean = quality(metric, test.mean, "+")
     if test.p is None or test.half_width is None:
         return [mean, *["-"] * 5]
-    ends = [_number(metric, test.mean + side * test.half_width, "+") for side in (-1, 1)]
+    ends = [quality(metric, test.mean + side * test.half_width, "+") for side in (-1, 1)]
     ps = [f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (test.p, corrected or 0.0)]
     return [mean, *ends, *ps, verdict(test.mean, corrected, lower_is_better(metric))]
 
