@@ -26,6 +26,11 @@ def test_too_little_says_nothing():
     assert paired_test([]) is None
     assert paired_test([0.5]) == Paired(0.5, None, None)
     assert paired_test([0.5, 0.5]) == Paired(0.5, None, None)
+    assert paired_test([0.0, 0.0, 0.0]) == Paired(0.0, None, None)
+    rounded = [0.85 - 0.80, 0.06 - 0.01, 0.05]
+    assert len(set(rounded)) > 1, "equal but for binary rounding"
+    assert paired_test(rounded).p is None
+    assert paired_test([0.05, 0.05, 0.0501]).p < 0.001
 
 
 def test_holms_own_steps():
