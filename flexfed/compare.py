@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexfed.config import BANDIT_PREFIX, defaults_of
+from flexfed.methods import METHODS
 from flexfed.overrides import Scalar
 from flexfed.runs import Run, find_runs, leaves_devices_out, load_run
 
@@ -25,7 +27,13 @@ def shared_config(run: Run) -> dict[str, Scalar]:
     Dotted keys are knobs of one method.
     """
     left_out = METHOD_KEYS | PLACE_KEYS
-    return {key: value for key, value in run.config.items() if "." not in key and key not in left_out}
+    return {key: value for key, value in _full_config(run).items() if "." not in key and key not in left_out}
+
+
+def _full_config(run: Run) -> dict[str, Scalar]:
+    """A run's configuration; keys that it is too old to know have their defaults, as when it goes on."""
+    strategy = str(run.config.get("strategy"))
+    return {**(defaults_of(strategy) if strategy in METHODS else {}), **run.config}
 
 
 def comparable(one: Run, other: Run) -> bool:
@@ -79,7 +87,7 @@ class Row:
     runs: Mapping[int, Run]
 
     def values(self, part: str, metric: str) -> dict[int, float]:
-        """Seed -> a metric of the summary's `final`, `last10` or `best`; runs without it are left out."""
+        """Seed -> a metric of the summary's `final`, `last10` or `best`; runs without a number are left out."""
         found = {seed: _summary(run)[part].get(metric) for seed, run in sorted(self.runs.items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -90,6 +98,11 @@ class Row:
         """
         found = {seed: _mean_within(run, num_bytes, metric) for seed, run in sorted(self.runs.items())}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def seeds_without_number(self, metric: str) -> list[int]:
+        """Seeds whose run measured a metric, but had no number in one of its last ten rounds: it diverged."""
+        parts = {seed: _summary(run)["last10"] for seed, run in sorted(self.runs.items())}
+        return [seed for seed, part in parts.items() if metric in part and part[metric] is None]
 
     def leaves_devices_out(self, metric: str) -> bool:
         """Whether a mean over devices is one over the strong devices only."""
@@ -128,14 +141,14 @@ class Comparison:
 
 
 def _mean_within(run: Run, num_bytes: float, metric: str) -> float | None:
-    travelled, values = 0.0, []
+    travelled, before = 0.0, []
     for line in run.rounds:
         travelled += line.get("bytes-down", 0) + line.get("bytes-up", 0)
         if travelled > num_bytes:
             break
-        values.append(line.get(metric))
-    known = [value for value in values[-10:] if value is not None]
-    return statistics.fmean(known) if known else None
+        before.append(line)
+    values = [line[metric] for line in before[-10:] if metric in line]
+    return statistics.fmean(values) if values and None not in values else None  # as in a summary
 
 
 def _summary(run: Run) -> Mapping[str, Any]:
@@ -182,15 +195,19 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
     rows = [Row(name, by_seed) for name, by_seed in zip(_row_names(list(groups)), groups.values(), strict=True)]
     if baseline is None and any(row.name == "exclusive" for row in rows):
         baseline = "exclusive"
-    return Comparison("runs", rows, baseline, _accuracies(runs), _notes(rows))
+    metrics = _accuracies(runs)
+    return Comparison("runs", rows, baseline, metrics, [*_notes(rows), *notes_on(rows, metrics)])
 
 
 def _variant(run: Run) -> tuple[tuple[str, Scalar], ...]:
-    """What makes a row: shared keys but the seed, the method's own, and the number of clients."""
-    own = f"{run.config.get('strategy')}."
-    keys = [key for key in run.config if key not in PLACE_KEYS | {"seed"} and ("." not in key or key.startswith(own))]
-    clients = _num_clients(run)
-    return (*((key, run.config[key]) for key in sorted(keys)), *([("clients", clients)] if clients is not None else []))
+    """What makes a row: all keys but the seed and other methods' knobs, and the number of clients."""
+    config, clients = _full_config(run), _num_clients(run)
+    own = f"{config.get('strategy')}."
+    # A method may name another one that its run becomes (FedStitch's fine-tuning), whose knobs it then reads.
+    followed = {f"{value}." for key, value in config.items() if key.startswith(own) and value in METHODS}
+    read = (own, BANDIT_PREFIX, *followed)
+    keys = [key for key in config if key not in PLACE_KEYS | {"seed"} and ("." not in key or key.startswith(read))]
+    return (*((key, config[key]) for key in sorted(keys)), *([("clients", clients)] if clients is not None else []))
 
 
 def _row_names(variants: Sequence[tuple[tuple[str, Scalar], ...]]) -> list[str]:
@@ -210,7 +227,9 @@ def _accuracies(runs: Sequence[Run]) -> list[str]:
     if not runs:
         raise ValueError("no runs to compare")
     names = set.intersection(*(set(_summary(run)["last10"]) for run in runs))
-    return sorted(name for name in names if name.startswith("accuracy"))
+    if not (found := sorted(name for name in names if name.startswith("accuracy"))):
+        raise ValueError(f"these {len(runs)} runs have no accuracy in common: some never tested a model")
+    return found
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -218,8 +237,31 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     configs = [{**shared_config(run), "clients": _num_clients(run)} for row in rows for run in row.runs.values()]
     keys = sorted({key for config in configs for key in config} - {"seed"})
     differing = [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
-    told = [f"Rows differ in more than the method: {', '.join(differing)}."] if differing else []
-    return [*told, *device_notes(rows)]
+    return [f"Rows differ in more than the method: {', '.join(differing)}."] if differing else []
+
+
+def notes_on(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    """What the reader of any table of these rows has to know: unequal seeds, runs that diverged, other devices."""
+    return [*_seed_notes(rows), *_divergence_notes(rows, metrics), *device_notes(rows)]
+
+
+def _seed_notes(rows: Sequence[Row]) -> list[str]:
+    seeds = {row.name: sorted(row.runs) for row in rows if row.runs}
+    if all(own == next(iter(seeds.values())) for own in seeds.values()):
+        return []
+    told = "; ".join(f"{name}: {', '.join(map(str, own))}" for name, own in seeds.items())
+    return [f"Rows have unequal seeds ({told}): means are over each row's own, differences over those of both."]
+
+
+def _divergence_notes(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    """Means over the seeds that did not diverge flatter a row, so the others are named."""
+    told = [
+        f"{row.name} {metric} (seed {', '.join(map(str, seeds))})"
+        for row in rows
+        for metric in metrics
+        if (seeds := row.seeds_without_number(metric))
+    ]
+    return [f"Diverged, and so neither in the means nor in the differences: {'; '.join(told)}."] if told else []
 
 
 def device_notes(rows: Sequence[Row]) -> list[str]:

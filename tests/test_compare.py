@@ -15,6 +15,7 @@ from flexfed.compare import (
     find_comparable,
     load_runs,
     mean_and_deviation,
+    notes_on,
     paired_differences,
 )
 from flexfed.runs import Run, RunFolder, load_run, summarise
@@ -51,6 +52,15 @@ def test_runs_that_differ_in_the_method_only_are_comparable():
 @pytest.mark.parametrize("change", [{"dataset": "x"}, {"seed": 2}, {"learning-rate": 1.0}])
 def test_runs_that_differ_in_more_are_not(change):
     assert not comparable(run(), run("exclusive", config=change))
+
+
+def test_a_key_that_a_run_is_too_old_to_know_has_its_default():
+    new = run("exclusive", config={"precision": "float32", "alpha": 0.3})
+    assert comparable(run(), new)
+    assert not comparable(run(), run("exclusive", config={"precision": "bfloat16"}))
+    found = compare_runs([run(), run(seed=2, config={"precision": "float32", "flexfl.sizes": "grid"}), new])
+    assert [item.name for item in found.rows] == ["flexfl", "exclusive"]
+    assert not any("more than the method" in note for note in found.notes)
 
 
 def test_the_number_of_clients_counts_too():
@@ -208,6 +218,26 @@ def test_accuracy_by_data_stops_where_the_data_stops():
     assert (table.head, table.body) == (["method", "1 MB", "5.5 MB"], [["a", "-", "2.0"]])
 
 
+def test_a_run_without_a_number_shows_no_earlier_one_by_data():
+    rounds = [{"round": n, "accuracy": 0.5, "bytes-up": 1e6} for n in (1, 2, 3)]
+    rounds[1]["accuracy"] = None
+    one = Row("a", {1: Run(Path("r"), CONFIG, rounds, {}, summarise(rounds, {"seed": 1}))})
+    assert one.values_within(1e6, "accuracy") == {1: 0.5}
+    assert one.values_within(3e6, "accuracy") == {}
+
+
+def test_a_diverged_run_and_unequal_seeds_are_told():
+    bad = row("a", 0.5, 0.6, None)
+    assert bad.values("last10", "accuracy") == {1: 0.5, 2: 0.6}
+    assert notes_on([bad, row("b", 0.5, 0.6, 0.7)], ["accuracy", "loss"]) == [
+        "Diverged, and so neither in the means nor in the differences: a accuracy (seed 3)."
+    ]
+    (unequal,) = notes_on([row("a", 0.5, 0.6), row("b", 0.5), Row("none", {})], ["accuracy"])
+    assert unequal.startswith("Rows have unequal seeds (a: 1, 2; b: 1): ")
+    runs = [run(seed=1), run(seed=2, accuracy=None), run("exclusive")]
+    assert [note.split(" ")[0] for note in compare_runs(runs).notes] == ["Rows", "Diverged,"]
+
+
 def test_losses_are_no_percentages():
     found = Comparison("t", [Row("a", {1: run(loss=0.25)})], None, ["loss"])
     assert cell(found, LAST10, "a", "loss") == "0.250 (0.250)"
@@ -240,7 +270,8 @@ def test_given_runs_make_rows_by_configuration():
     found = compare_runs(runs)
     assert [item.name for item in found.rows] == ["flexfl kd-weight=10", "exclusive", "flexfl kd-weight=0"]
     assert sorted(found.rows[0].runs) == [1, 2]
-    assert (found.baseline, found.metrics, found.notes) == ("exclusive", ["accuracy"], [])
+    assert (found.baseline, found.metrics) == ("exclusive", ["accuracy"])
+    assert compare_runs([runs[0], *runs[2:]]).notes == []
 
 
 def test_rows_that_differ_in_more_than_the_method_carry_a_note():
@@ -249,7 +280,7 @@ def test_rows_that_differ_in_more_than_the_method_carry_a_note():
 
 
 def test_other_numbers_of_clients_are_other_rows_and_noted():
-    one, other = run(), run(seed=2)
+    one, other = run(), run()
     other = replace(other, summary={**other.summary, "clients": 10})
     found = compare_runs([one, other])
     assert [item.name for item in found.rows] == ["flexfl clients=20", "flexfl clients=10"]
@@ -261,11 +292,23 @@ def test_knobs_of_other_methods_do_not_split_rows():
     assert [item.name for item in found.rows] == ["small"]
 
 
+def test_knobs_of_the_bandit_and_of_what_a_run_becomes_split_rows():
+    caps = [run("fedlps", seed, config={"bandit.cap": cap}) for seed, cap in ((1, "relative"), (2, "clip"))]
+    assert [item.name for item in compare_runs(caps).rows] == ["fedlps cap=relative", "fedlps cap=clip"]
+    tuned = {"fedstitch.finetune": "small"}
+    after = [run("fedstitch", config={**tuned, "small.ratio": ratio}) for ratio in (0.5, 0.25)]
+    assert [item.name for item in compare_runs(after).rows] == ["fedstitch ratio=0.5", "fedstitch ratio=0.25"]
+
+
 def test_given_runs_show_the_accuracies_that_all_have():
     runs = [run(**{"accuracy-S": 0.5, "accuracy-levels": 0.5}), run("exclusive", **{"accuracy-levels": 0.5})]
     assert compare_runs(runs).metrics == ["accuracy", "accuracy-levels"]
     with pytest.raises(ValueError, match="no runs to compare"):
         compare_runs([])
+    untested = run()
+    untested.summary["last10"].clear()
+    with pytest.raises(ValueError, match="these 2 runs have no accuracy in common"):
+        compare_runs([run("exclusive"), untested])
 
 
 def test_doubles_and_unfinished_runs_are_errors(tmp_path):
