@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexfed.compare import PLACE_KEYS, Comparison, Row, device_notes
+from flexfed.compare import PLACE_KEYS, Comparison, Row, notes_on
 from flexfed.overrides import (
     Scalar,
     check_known,
@@ -23,7 +23,7 @@ from flexfed.runs import Run, find_runs, load_run, write_atomic
 from flexfed.tuning import Tuning, read_tuning
 
 MARKER = "finished.json"
-_KEYS = ("name", "seeds", "baseline", "supernodes", "metrics", "megabytes", "base", "tune", "row")
+_KEYS = ("name", "cost", "seeds", "baseline", "supernodes", "metrics", "megabytes", "base", "tune", "row")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Suite:
         runs_dir: where the suite's folder goes.
         tuning: what each row chooses for itself before its runs; None = nothing, or it is chosen (`tuned`).
         notes: for the reader of its tables.
+        cost: of all its runs, as its author says, and on what machine; "" = not said.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Suite:
     megabytes: tuple[float, ...] = ()
     tuning: Tuning | None = None
     notes: tuple[str, ...] = ()
+    cost: str = ""
 
     @property
     def folder(self) -> Path:
@@ -95,25 +97,44 @@ def load_suite(path: Path, known: Mapping[str, Scalar]) -> Suite:
     for key in table.keys() - set(_KEYS):
         near = near_matches(key, _KEYS) or _KEYS
         raise ValueError(f"{path.name}: unknown key {key!r}; did you mean {', '.join(near)}?")
-    seeds = tuple(table.get("seeds", (1,)))
-    if not seeds or len(set(seeds)) != len(seeds) or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"{path.name}: seeds must be distinct whole numbers, got {list(seeds)}")
+    seeds = _read_seeds(path, table.get("seeds", [1]))
     base = resolve_paths(flatten(table.get("base", {})), path.parent)
     rows = _read_rows(path, table.get("row", []), base, known)
     baseline = table.get("baseline")
     if baseline is not None and baseline not in rows:
         raise ValueError(f"{path.name}: baseline {baseline!r} is no row; rows: {', '.join(rows)}")
     return Suite(
-        name=str(table.get("name", path.stem)),
+        name=_read_name(path, table.get("name", path.stem)),
+        cost=str(table.get("cost", "")),
         seeds=seeds,
         baseline=baseline,
         supernodes=_read_supernodes(path, table.get("supernodes", 20)),
-        metrics=tuple(table.get("metrics", ("accuracy", "accuracy-levels"))),
+        metrics=_read_metrics(path, table.get("metrics", ["accuracy", "accuracy-levels"])),
         rows=rows,
         megabytes=_read_megabytes(path, table.get("megabytes", [])),
         tuning=_read_tuning(path, table.get("tune"), seeds, known, rows),
         runs_dir=Path(str(base.get("runs-dir", known.get("runs-dir", "~/.flexfed/runs")))).expanduser(),
     )
+
+
+def _read_name(path: Path, name: Any) -> str:
+    if not isinstance(name, str) or not _slug(name).strip("."):
+        raise ValueError(f"{path.name}: name must be text that can name a folder, got {name!r}")
+    return name
+
+
+def _read_seeds(path: Path, seeds: Any) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"{path.name}: seeds must be a list of whole numbers >= 0, got {seeds!r}")
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"{path.name}: seeds must be distinct, got {seeds!r}")
+    return tuple(seeds)
+
+
+def _read_metrics(path: Path, metrics: Any) -> tuple[str, ...]:
+    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) and name for name in metrics):
+        raise ValueError(f"{path.name}: metrics must be a list of names, the first of which is judged, got {metrics!r}")
+    return tuple(metrics)
 
 
 def _read_supernodes(path: Path, value: Any) -> int:
@@ -130,9 +151,11 @@ def _read_megabytes(path: Path, values: Any) -> tuple[float, ...]:
 
 
 def _read_rows(
-    path: Path, entries: Sequence[Mapping[str, Any]], base: Mapping[str, Scalar], known: Mapping[str, Scalar]
+    path: Path, entries: Any, base: Mapping[str, Scalar], known: Mapping[str, Scalar]
 ) -> dict[str, dict[str, Scalar]]:
     rows: dict[str, dict[str, Scalar]] = {}
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"{path.name}: rows are written [[row]], each with its keys below")
     for entry in entries:
         name = entry.get("name")
         if not isinstance(name, str) or not name:
@@ -278,13 +301,19 @@ def _is_foreign(key: str, own: str, recorded: Mapping[str, Scalar], expected: Ma
     return one_sided and "." in key and not key.startswith(own)
 
 
-def mark_finished(run: SuiteRun) -> None:
+def mark_finished(run: SuiteRun, resumed: Path | None = None) -> None:
     """Note which run folder belongs to this configuration.
+
+    Args:
+        run: that has ended.
+        resumed: the folder that it went on in; None = it began anew, in what is now the newest folder. Runs of other
+            configurations may stand beside it, also newer ones.
 
     Raises:
         ValueError: the child ended well but left no finished run.
     """
-    done = [path for path in find_runs(run.folder) if (path / "summary.json").is_file()]
+    there = [resumed] if resumed else find_runs(run.folder)
+    done = [path for path in there if (path / "summary.json").is_file()]
     if not done:
         raise ValueError(f"no finished run in {run.folder}")
     record = {"config": dict(run.config), "supernodes": run.supernodes, "run": done[-1].name}
@@ -305,11 +334,12 @@ def suite_comparison(suite: Suite, runs: Iterable[SuiteRun]) -> Comparison:
             missing += 1
         else:
             found[run.row][run.seed] = finished
-    _check_metrics(suite.name, suite.metrics, [run for by_seed in found.values() for run in by_seed.values()])
+    if not missing:  # one that failed may be the one that has it
+        _check_metrics(suite.name, suite.metrics, [run for by_seed in found.values() for run in by_seed.values()])
     notes = [f"Seeds {', '.join(map(str, suite.seeds))}; {suite.supernodes} devices."]
     notes += [*suite.notes, *([f"Runs still missing: {missing}."] if missing else [])]
     rows = [Row(*item) for item in found.items()]
-    notes += device_notes(rows)
+    notes += notes_on(rows, suite.metrics)
     return Comparison(suite.name, rows, suite.baseline, suite.metrics, notes, suite.megabytes)
 
 

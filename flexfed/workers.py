@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -16,7 +18,10 @@ from typing import IO
 from flexfed.runs import write_atomic
 from flexfed.suites import SuiteRun, begun_folder, finished_folder, mark_finished
 
+log = logging.getLogger("flwr")
+
 _TAIL = 15
+_LOOK_S = 0.5  # between two looks at a run that another process is at
 
 
 class RunFailed(RuntimeError):
@@ -35,7 +40,8 @@ def run_missing(
 ) -> int:
     """Run what is not finished, `workers` at a time; a failure does not stop the others.
 
-    What was begun and killed goes on from its last checkpoint.
+    What was begun and killed goes on from its last checkpoint. Where another process is at work on a run, such as the
+    child of a comparison that was killed, its end is waited for.
 
     Args:
         runs: all of the suite, or some.
@@ -117,6 +123,11 @@ class _Children:
             self._live.discard(child)
         return code
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether none may begin any more."""
+        return self._stopped
+
     def stop(self) -> None:
         """End all children."""
         with self._lock:
@@ -129,36 +140,50 @@ def _run_one(run: SuiteRun, app_dir: Path, children: _Children) -> None:
     import tomli_w
 
     run.folder.mkdir(parents=True, exist_ok=True)
-    log = run.folder / "log.txt"
-    with _claimed(run.folder) as claim:
+    text = run.folder / "log.txt"
+    with _claimed(run, children) as claim:
+        if finished_folder(run):  # by whoever was at work here
+            return
         begun = begun_folder(run)
         overrides = {**run.overrides, **({"resume": str(begun)} if begun else {})}
         write_atomic(run.folder / "overrides.toml", tomli_w.dumps(overrides).encode())
-        with log.open("ab" if begun else "wb") as file:
+        with text.open("ab" if begun else "wb") as file:
             code = children.run(lambda gpu: _start(run, app_dir, file, claim, gpu))
         if not code:
-            return mark_finished(run)
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-    raise RunFailed("\n".join([f"exit code {code}; {log} ends with:", *tail]))
+            return mark_finished(run, begun)
+    tail = text.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
+    raise RunFailed("\n".join([f"exit code {code}; {text} ends with:", *tail]))
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[int]:
-    """Hold a run's lock; gives its file descriptor, for the child to hold it, too.
+def _claimed(run: SuiteRun, children: _Children) -> Iterator[int]:
+    """Hold a run's lock, once nobody else does; gives its file descriptor, for the child to hold it, too.
 
-    Whoever is killed leaves a child that works on: it is not to be joined by a second one.
+    A comparison that is killed leaves children that work on. None is to be joined by a second one; and were its run
+    taken for a failed one, a row would choose its value without it.
 
     Raises:
-        RunFailed: somebody else holds it.
+        RunFailed: we were stopped while somebody else held it.
     """
+    with (run.folder / "lock").open("w") as file:
+        if not _lock(file):
+            log.warning("%s: waiting for another process that is at work in %s", run.name, run.folder)
+            while not _lock(file):
+                if children.is_stopped:
+                    raise RunFailed("stopped")
+                time.sleep(_LOOK_S)
+        yield file.fileno()
+
+
+def _lock(file: IO[str]) -> bool:
+    """Try to lock a file; whether that went well."""
     import fcntl
 
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFailed(f"another process is at work in {folder}: wait until it has ended, or end it") from None
-        yield file.fileno()
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _start(run: SuiteRun, app_dir: Path, log: IO[bytes], claim: int, gpu: str | None = None) -> subprocess.Popen[bytes]:

@@ -78,12 +78,19 @@ def test_a_suite_is_its_rows_times_its_seeds(suite, tmp_path):
     ("old", "new", "match"),
     [
         ("seeds = [1, 2]", "sedes = [1]", r"s\.toml: unknown key 'sedes'; did you mean seeds"),
-        ("seeds = [1, 2]", "seeds = [1, 1]", "seeds must be distinct whole numbers"),
-        ("seeds = [1, 2]", "seeds = [true]", "seeds must be distinct whole numbers"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", r"seeds must be distinct, got \[1, 1\]"),
+        ("seeds = [1, 2]", "seeds = [true]", "seeds must be a list of whole numbers"),
         ('baseline = "exclusive"', 'baseline = "x"', "baseline 'x' is no row; rows: exclusive, flexfl, no KD"),
         ("flexfl.kd-weight", "flexfl.kdweight", r"row 'flexfl, no KD': unknown configuration key"),
         ('name = "flexfl, no KD"', 'name = "exclusive"', "two rows are called 'exclusive'"),
         ('name = "flexfl, no KD"', "", r"every \[\[row\]\] needs a name"),
+        ("seeds = [1, 2]", "seeds = 2", r"s\.toml: seeds must be a list of whole numbers >= 0, got 2"),
+        ("seeds = [1, 2]", "seeds = [-1]", r"seeds must be a list of whole numbers >= 0, got \[-1\]"),
+        ('metrics = ["accuracy"]', 'metrics = "accuracy"', "metrics must be a list of names"),
+        ('metrics = ["accuracy"]', "metrics = []", r"metrics must be a list of names, .* got \[\]"),
+        ('name = "my suite"', 'name = ""', "name must be text that can name a folder, got ''"),
+        ('name = "my suite"', 'name = ".."', r"name must be text that can name a folder, got '\.\.'"),
+        ('[[row]]\nname = "exclusive"\nstrategy = "exclusive"\n[[row]]', "[row]", r"rows are written \[\[row\]\]"),
         ("num-server-rounds = 3", "seed = 3", "the seed comes from `seeds`"),
         ("supernodes = 4", "supernodes = 0", "supernodes must be a whole number >= 1, got 0"),
         ("supernodes = 4", "supernodes = 2.5", r"supernodes must be a whole number >= 1, got 2\.5"),
@@ -135,6 +142,8 @@ def test_the_papers_suites_run_on_a_gpu_beside_both_controls_and_tell_their_cost
     assert suite.name == path.stem
     runs, rounds = len(suite_runs(suite, known)), sum(r.config["num-server-rounds"] for r in suite_runs(suite, known))
     assert f"# Cost: {runs} runs, {rounds:,} rounds" in text
+    hours = suite.cost.removesuffix(" GPU hours, an estimate and not measured")
+    assert f"not measured: {hours} GPU hours" in " ".join(text.replace("\n# ", " ").split())
     assert "An estimate, not measured" in " ".join(text.replace("\n# ", " ").split())
 
 
@@ -185,7 +194,8 @@ def test_comparison_of_what_is_there(suite):
         pretend_finished(run, accuracy=0.5 if run.row == "exclusive" else 0.75)
     found = suite_comparison(suite, runs)
     assert [(row.name, sorted(row.runs)) for row in found.rows] == [("exclusive", [1, 2]), ("flexfl, no KD", [1])]
-    assert found.notes == ["Seeds 1, 2; 4 devices.", "Runs still missing: 1."]
+    assert found.notes[:2] == ["Seeds 1, 2; 4 devices.", "Runs still missing: 1."]
+    assert found.notes[2].startswith("Rows have unequal seeds (exclusive: 1, 2; flexfl, no KD: 1)")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
@@ -202,7 +212,9 @@ def test_a_metric_that_no_run_has_is_an_error(suite):
     wrong = replace(suite, metrics=("accuracy", "acuracy"))
     runs = suite_runs(wrong, KNOWN)
     assert suite_comparison(wrong, runs).rows  # nothing has run: nothing is known
-    pretend_finished(runs[0])
+    for run in runs:
+        assert suite_comparison(wrong, runs).rows  # one that failed may be the one that has it
+        pretend_finished(run)
     with pytest.raises(ValueError, match="no finished run has the metric 'acuracy'; known: accuracy"):
         suite_comparison(wrong, runs)
 
@@ -315,7 +327,7 @@ name = "only"
 """
 
 
-def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
+def test_a_killed_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     known = defaults(ROOT)
     one, other = (tmp_path / name / "tiny.toml" for name in ("whole", "killed"))
     for path in (one, other):
@@ -330,27 +342,62 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     (child,) = psutil.Process(parent.pid).children()
     parent.kill()
     parent.wait()
-    child.suspend()  # the orphan lives: nobody may join it
-    with pytest.raises(RunFailed, match="another process is at work"):
-        workers._run_one(killed, ROOT, workers._Children([None]))
-    child.kill()
-    wait_for(lambda: is_free(killed.folder))  # a dying process lets go when its last thread has ended
-
+    child.suspend()  # the orphan lives: nobody may join it, nor take its run for a failed one
+    written, errors, said = metrics_in(killed), [], []
+    monkeypatch.setattr(workers.log, "warning", lambda *words: said.append(words))
+    told = threading.Thread(
+        target=run_missing, args=([killed], 1, ROOT, lambda run, error: errors.append(error)), daemon=True
+    )
+    told.start()
+    wait_for(lambda: said)
+    time.sleep(3 * workers._LOOK_S)
+    assert (errors, metrics_in(killed)) == ([], written)
     assert len([*killed.folder.glob("*/summary.json")]) == 0
-    errors = []
-    run_missing([killed], 1, ROOT, lambda run, error: errors.append(error))
+    child.kill()
+    told.join(120)
     assert errors == [None]
     assert len([*killed.folder.glob("*/config.toml")]) == 1
     assert "go on" in (killed.folder / "log.txt").read_text()
     assert metrics_of(killed) == metrics_of(whole)
 
 
-def is_free(folder):
-    try:
-        with workers._claimed(folder):
-            return True
-    except RunFailed:
-        return False
+def metrics_in(run):
+    (path,) = run.folder.glob("*/metrics.jsonl")
+    return path.read_text()
+
+
+def test_what_another_process_finishes_is_not_run_again(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_LOOK_S", 0.01)
+    use_child(monkeypatch, "raise SystemExit('a second one began')")
+    run, done = suite_runs(suite, KNOWN)[0], []
+    run.folder.mkdir(parents=True)
+    with (run.folder / "lock").open("w") as file:
+        assert workers._lock(file)
+        told = threading.Thread(target=run_missing, args=([run], 1, tmp_path, lambda *found: done.append(found)))
+        told.start()
+        pretend_finished(run)
+    told.join(60)
+    assert done == [(run, None)]
+    children = workers._Children([None])
+    children.stop()
+    with (run.folder / "lock").open("w") as file:
+        assert workers._lock(file)
+        with pytest.raises(RunFailed, match="stopped"):
+            workers._run_one(run, tmp_path, children)
+
+
+def test_a_run_that_goes_on_is_marked_beside_newer_ones_of_other_configurations(suite, tmp_path, monkeypatch):
+    run = suite_runs(suite, KNOWN)[0]
+    pretend_finished(run, "20260102-000000-x-2", accuracy=0.9)  # newer, and of another configuration
+    begun = run.folder / "20260101-000000-x-1"
+    begun.mkdir()
+    (begun / "config.toml").write_text("seed = 1")
+    (run.folder / MARKER).unlink()
+    monkeypatch.setattr(workers, "begun_folder", lambda run: begun)
+    summary = '{"final": {}, "last10": {"accuracy": 0.5}}'
+    use_child(monkeypatch, f"import pathlib; pathlib.Path({str(begun / 'summary.json')!r}).write_text({summary!r})")
+    assert run_missing([run], 1, tmp_path, lambda run, error: None) == 0
+    assert finished_folder(run) == begun
 
 
 def wait_for(condition, seconds=120):
