@@ -261,7 +261,11 @@ def _divergence_notes(rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
         for metric in metrics
         if (seeds := row.seeds_without_number(metric))
     ]
-    return [f"Diverged, and so neither in the means nor in the differences: {'; '.join(told)}."] if told else []
+    return (
+        [f"Diverged, and so not in the means of the last ten rounds, nor in the differences: {'; '.join(told)}."]
+        if told
+        else []
+    )
 
 
 def device_notes(rows: Sequence[Row]) -> list[str]:

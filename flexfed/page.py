@@ -31,7 +31,9 @@ def to_html(comparison: Comparison, command: str) -> str:
         comparison: of finished runs; its metrics are what the charts can show.
         command: that made it, without machine paths.
     """
-    chart = _figure(comparison).to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})
+    chart = _figure(comparison).to_html(
+        full_html=False, include_plotlyjs=True, config={"displaylogo": False}, div_id="chart"
+    )  # an id of its own: the same comparison gives the same page
     parts = [f"<h1>{escape(comparison.title)}</h1>", f"<p><code>{escape(command)}</code></p>", chart]
     parts += ["<p>Means over seeds, bands are their range. Click a name to hide a row, twice to see it alone.</p>"]
     parts += [_table(table) for table in tables(comparison)]

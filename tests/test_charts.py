@@ -34,6 +34,15 @@ CHEAP = Row("cheap", {1: run(1, [0.2, 0.4], 0.5)})
 FOUND = Comparison("t", [ROW, CHEAP, Row("none", {})], "cheap", ["accuracy"], ["a note"])
 
 
+def test_the_picture_names_losses_with_three_digits(tmp_path, monkeypatch):
+    told, rounds = [], [{"round": n, "loss": 0.0123, "bytes-up": 1} for n in (1, 2)]
+    lossy = Row("a", {1: Run(Path("r"), {}, rounds, {}, summarise(rounds, {"seed": 1}))})
+    monkeypatch.setattr("flexfed.charts.legend", lambda axes, lines, title: told.extend(x.get_label() for x in lines))
+    draw(Comparison("t", [lossy], None, ["loss"]), tmp_path / "a.png")
+    draw(Comparison("t", [CHEAP], None, ["accuracy"]), tmp_path / "a.png")
+    assert told == ["a   0.012", "cheap   40.0"]
+
+
 def test_lines_are_means_over_seeds_where_all_measured():
     line, _ = lines(FOUND, "accuracy", BYTES)
     assert line.label == "one <b>"
@@ -91,5 +100,7 @@ def test_the_menu_shows_one_metric_at_a_time():
 
 def test_files_of_a_comparison(tmp_path):
     written = write_comparison(FOUND, "c", tmp_path / "x.md")
+    other = write_comparison(FOUND, "c", tmp_path / "y.md")
+    assert written[2].read_bytes() == other[2].read_bytes()
     assert [path.name for path in written] == ["x.md", "x.png", "x.html"]
     assert "](x.png)" in written[0].read_text()

@@ -230,7 +230,7 @@ def test_a_diverged_run_and_unequal_seeds_are_told():
     bad = row("a", 0.5, 0.6, None)
     assert bad.values("last10", "accuracy") == {1: 0.5, 2: 0.6}
     assert notes_on([bad, row("b", 0.5, 0.6, 0.7)], ["accuracy", "loss"]) == [
-        "Diverged, and so neither in the means nor in the differences: a accuracy (seed 3)."
+        "Diverged, and so not in the means of the last ten rounds, nor in the differences: a accuracy (seed 3)."
     ]
     (unequal,) = notes_on([row("a", 0.5, 0.6), row("b", 0.5), Row("none", {})], ["accuracy"])
     assert unequal.startswith("Rows have unequal seeds (a: 1, 2; b: 1): ")
