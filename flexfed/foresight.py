@@ -1,7 +1,7 @@
 """What is left of a suite, said before it starts: runs, rounds, client updates; of what has run before, time and work.
 
 Nothing is guessed: seconds and multiply-adds are those of finished runs of the same row, on whatever machine they ran;
-of rows that never finished a run nothing is known, and that is said.
+of rows that never finished a run only what the suite's author says of the whole is known, and that is said.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Foresight:
         num_tries: runs by which rows choose a value for themselves.
         missing: runs of either kind without a finished folder.
         finished: row -> its finished runs, of either kind.
+        stated: cost of the whole suite, as its author says; "" = not said.
     """
 
     num_runs: int
     num_tries: int
     missing: Sequence[SuiteRun]
     finished: Mapping[str, Sequence[Run]]
+    stated: str = ""
 
     def known(self, total: str) -> tuple[float, int]:
         """The sum of a total of summary.json over the missing runs whose rows have it, and how many runs these are."""
@@ -70,7 +72,7 @@ def foresee(suite: Suite, known: Mapping[str, Scalar]) -> Foresight:
             finished.setdefault(run.row, []).append(found)
         else:
             missing.append(run)
-    return Foresight(len(runs), len(tries), missing, finished)
+    return Foresight(len(runs), len(tries), missing, finished, suite.cost)
 
 
 def to_text(name: str, found: Foresight, workers: int) -> str:
@@ -111,6 +113,7 @@ def _of_finished(found: Foresight, workers: int) -> list[str]:
     if counted:
         told.append(f"{_share(counted, found)} {cost('macs', macs)} multiply-adds")
     if rows := found.unknown_rows:
+        told += [f"the whole suite, its author says: {found.stated}"] if found.stated else []
         names = ", ".join(rows[:_MOST_NAMES]) + (", ..." if len(rows) > _MOST_NAMES else "")
         told.append(f"of {len(rows)} rows nothing is known, none of their runs has finished: {names}")
     return told

@@ -77,6 +77,16 @@ def test_what_a_row_took_is_what_its_next_run_takes(tmp_path):
     assert said(suite, workers=16)[2].endswith("about 33 min 2 at a time"), "no more than there are"
 
 
+def test_what_the_author_says_stands_beside_rows_of_which_nothing_is_known(tmp_path):
+    suite = suite_of(tmp_path, f'cost = "2 h on a laptop"\n{SUITE}')
+    assert said(suite)[2] == "the whole suite, its author says: 2 h on a laptop"
+    first, other, _, _ = suite_runs(suite, KNOWN)
+    finish(first)
+    assert said(suite)[3] == "the whole suite, its author says: 2 h on a laptop"
+    finish(other)
+    assert not any("author" in line for line in said(suite)), "now it is known here"
+
+
 def test_nothing_is_left(tmp_path):
     suite = suite_of(tmp_path)
     for run in suite_runs(suite, KNOWN):
@@ -98,6 +108,8 @@ def test_rows_that_choose_run_more_often(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "suites").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_suite_that_we_ship_tells_its_cost(path):
-    lines = said(load_suite(path, KNOWN))
+    suite = load_suite(path, KNOWN)
+    assert suite.cost
+    lines = said(suite)
     assert lines[0].startswith("suite ")
     assert len(lines) > 1 or lines[0].endswith(" 0 are left")
