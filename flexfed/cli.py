@@ -10,15 +10,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from flexfed.overrides import Scalar, defaults, head_supernodes, parse_overrides, resumed_supernodes, with_resumed
-
-if TYPE_CHECKING:
-    from flexfed.compare import Comparison
-    from flexfed.suites import Suite, SuiteRun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
 
@@ -169,7 +165,7 @@ def compare(
     baseline: Annotated[str | None, typer.Option(help="Row to measure the others against.")] = None,
 ) -> None:
     """Compare runs: of suites, running what is missing, or of the given folders; a killed comparison goes on."""
-    from flexfed.compare import compare_runs, load_runs
+    from flexfed import comparing
 
     with _errors():
         if len({target.endswith(".toml") for target in targets}) > 1:
@@ -178,102 +174,15 @@ def compare(
         if out is not None:  # fails now, not after hours of runs
             (out if is_folder else out.parent).mkdir(parents=True, exist_ok=True)
         if not targets[0].endswith(".toml"):
-            _tell(compare_runs(load_runs(map(Path, targets)), baseline), targets, baseline, out)
+            comparing.tell(comparing.compare_folders(targets, baseline), APP_DIR, targets, baseline, out)
             return
-        failed = 0
-        for target, suite in [(target, _read_suite(target, baseline)) for target in targets]:
-            comparison, lost = _compare_suite(suite, workers or _num_cpus())
+        app_dir, failed = require_app(APP_DIR), 0
+        for target, suite in [(target, comparing.read_suite(target, baseline, app_dir)) for target in targets]:
+            comparison, lost = comparing.compare_suite(suite, workers or _num_cpus(), app_dir)
             place = out / f"{Path(target).stem}.md" if out and is_folder else out
-            _tell(comparison, [target], baseline, place or suite.folder / "comparison.md")
+            comparing.tell(comparison, app_dir, [target], baseline, place or suite.folder / "comparison.md")
             failed += lost
         raise typer.Exit(1 if failed else 0)
-
-
-def _tell(comparison: Comparison, targets: Sequence[str], baseline: str | None, place: Path | None) -> None:
-    """Show a comparison, and write its files where there is a place for them."""
-    from flexfed.outputs import write_comparison
-    from flexfed.tables import to_text
-
-    typer.echo(to_text(comparison))
-    if place:
-        written = write_comparison(comparison, _command(targets, baseline), place)
-        typer.echo("\nwritten: " + ", ".join(map(str, written)))
-
-
-def _read_suite(target: str, baseline: str | None) -> Suite:
-    from dataclasses import replace
-
-    from flexfed.suites import load_suite
-
-    suite = load_suite(Path(target), defaults(require_app(APP_DIR)))
-    return replace(suite, baseline=baseline) if baseline else suite
-
-
-def _compare_suite(suite: Suite, workers: int) -> tuple[Comparison, int]:
-    """Run what a suite lacks, and compare; also the number of runs that failed."""
-    from flexfed.foresight import foresee, to_text
-    from flexfed.processes import signals_as_interrupt
-    from flexfed.suites import suite_comparison, suite_runs, tuned, tuning_runs
-    from flexfed.workers import run_missing
-
-    app_dir = require_app(APP_DIR)
-    known = defaults(app_dir)
-    typer.echo(to_text(suite.name, foresee(suite, known), workers), err=True)
-    with signals_as_interrupt():
-        if tries := tuning_runs(suite, known):
-            with _progress(tries) as on_done:
-                run_missing(tries, workers, app_dir, on_done)  # a value with which a run fails is not chosen
-        suite = tuned(suite, tries)
-        runs = suite_runs(suite, known)
-        with _progress(runs) as on_done:
-            failed = run_missing(runs, workers, app_dir, on_done)
-    return suite_comparison(suite, runs), failed
-
-
-@contextmanager
-def _progress(runs: Sequence[SuiteRun]) -> Iterator[Callable[[SuiteRun, str | None], None]]:
-    """A bar over the runs of a suite; gives what is to be called when one is done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from flexfed.suites import finished_folder
-
-    columns = (
-        TextColumn("runs"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    there = sum(finished_folder(run) is not None for run in runs)
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("runs", total=len(runs), completed=there)
-
-        def on_done(run: SuiteRun, error: str | None) -> None:
-            bar.advance(task)
-            if error:
-                bar.console.print(f"{run.name} failed: {error}", markup=False, highlight=False)
-
-        yield on_done
-
-
-def _command(targets: Sequence[str], baseline: str | None) -> str:
-    """The command line without places of this machine."""
-    words = ["flexfed", "compare", *(_portable(target) for target in targets)]
-    return " ".join(words + (["--baseline", f'"{baseline}"'] if baseline else []))
-
-
-def _portable(target: str) -> str:
-    """A path from the app's folder on, else only its name."""
-    path = Path(target).resolve()
-    return str(path.relative_to(APP_DIR)) if path.is_relative_to(APP_DIR) else path.name
 
 
 def _num_cpus() -> int:

@@ -298,6 +298,17 @@ def test_compare_runs_what_a_suite_lacks(project, tmp_path, monkeypatch):
     assert (tmp_path / "both" / "s.html").is_file()
 
 
+def test_a_suite_that_cannot_be_run_is_refused_before_anything_starts(project, monkeypatch):
+    monkeypatch.setattr(workers, "child_command", lambda run: pytest.fail("a run began"))
+    (project / "s.toml").write_text(SUITE)
+    result = flexfed("compare", str(project / "s.toml"), "--baseline", "x")
+    assert (result.exit_code, result.output) == (1, "error: s.toml: baseline 'x' is no row; rows: a, b\n")
+    (project / "s.toml").write_text(SUITE + "strategy = 'nope'\n")
+    result = flexfed("compare", str(project / "s.toml"))
+    assert result.exit_code == 1
+    assert result.output.startswith("error: suite s, b seed 1: unknown strategy 'nope'")
+
+
 # --- runs ---------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from pages import PAGES, RUN, Block, Command, blocks_of, commands_of, name_of
 from toy import ROOT
 
 import server_app
-from flexfed import cli, launch, measure
+from flexfed import cli, comparing, launch, measure
 from flexfed.config import Experiment
 from flexfed.data.sources import BUILT_IN
 from flexfed.launch import free_ports
@@ -204,7 +204,7 @@ def test_a_comparison_that_is_shown(command: Command, stage: Stage) -> None:
     """Given runs are compared; of a suite every run is read, and none started."""
     read: list[str] = []
 
-    def only_read(suite: Suite, workers: int) -> None:
+    def only_read(suite: Suite, workers: int, app_dir: Path) -> None:
         known = defaults(ROOT)
         for run in [*suite_runs(tuned(suite, []), known), *tuning_runs(suite, known)]:
             cli.check_configuration(run.config)
@@ -212,7 +212,7 @@ def test_a_comparison_that_is_shown(command: Command, stage: Stage) -> None:
         assert suite.baseline is None or suite.baseline in suite.rows
         raise typer.Exit(0)
 
-    with patch.object(cli, "_compare_suite", only_read):
+    with patch.object(comparing, "compare_suite", only_read):
         said = invoke(command, stage)
     assert read or "Mean of the last ten rounds" in said
 

@@ -188,14 +188,14 @@ last10 = {"accuracy": config["learning-rate"]}
 def test_the_command_tries_first_and_then_runs_what_was_chosen(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flexfed import cli
+    from flexfed import comparing
 
     monkeypatch.setattr(
         workers, "child_command", lambda run: [sys.executable, "-S", "-c", CHILD, str(run.folder / "overrides.toml")]
     )
-    monkeypatch.setattr(cli, "require_app", lambda _: tmp_path)
-    monkeypatch.setattr(cli, "defaults", lambda _: KNOWN)
-    comparison, failed = cli._compare_suite(cli._read_suite(str(tmp_path / "s.toml"), None), 2)
+    monkeypatch.setattr(comparing, "defaults", lambda _: KNOWN)
+    read = comparing.read_suite(str(tmp_path / "s.toml"), None, tmp_path)
+    comparison, failed = comparing.compare_suite(read, 2, tmp_path)
     assert failed == 0
     rates = {row.name: set(row.values("last10", "accuracy").values()) for row in comparison.rows}
     assert rates == {"exclusive": {0.3}, "flexfl": {0.3}, "flexfl, its paper's": {0.01}}
