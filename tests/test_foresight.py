@@ -57,6 +57,13 @@ def test_at_first_only_what_the_configuration_tells(tmp_path):
     ]
 
 
+def test_a_cohort_has_at_least_the_replies_that_a_round_needs(tmp_path):
+    text = SUITE.replace("local-epochs", "min-replies = 4\nlocal-epochs")
+    assert said(suite_of(tmp_path, text))[1] == (
+        "at most 20 rounds, in which clients train 80 times, 400 local epochs in all"
+    )
+
+
 def test_what_a_row_took_is_what_its_next_run_takes(tmp_path):
     suite = suite_of(tmp_path)
     first, other, _, _ = suite_runs(suite, KNOWN)
