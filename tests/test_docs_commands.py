@@ -181,8 +181,9 @@ def test_a_run_that_is_shown(command: Command, stage: Stage) -> None:
     with patch.object(launch, "run_simulation", in_flower), patch.object(cli, "_run_in_process", in_process):
         invoke(command, stage)
     ((values, supernodes),) = asked
-    data = Experiment.read({**defaults(ROOT), **values}).data
-    at_hand = values["torch-device"] == "cpu" and (data.dataset in BUILT_IN or Path(data.dataset).exists())
+    experiment = Experiment.read({**defaults(ROOT), **values})
+    data = experiment.data
+    at_hand = experiment.settings.torch_device == "cpu" and (data.dataset in BUILT_IN or Path(data.dataset).exists())
     if not command.block.page.startswith(METHODS) and at_hand:
         run_smaller(values, supernodes)
 
