@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import lru_cache
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flexfed.twin import has_twins, twin
+
 Factory = Callable[[], nn.Module]
-"""Builds the full network; must work on the `meta` device."""
+"""Builds the full network, every time the same; must work on the `meta` device."""
 
 Convention = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation of each channel by which a network wants its inputs normalised, images being in 0..1."""
@@ -39,11 +42,27 @@ _MIXING = (
 
 
 def build_on_meta(factory: Factory) -> nn.Module:
-    """The network without memory; one that reads values while it is built is built for real and then emptied."""
+    """The network without memory; one that reads values while it is built is built for real and then emptied.
+
+    It is the caller's own. Torch's initialisers take most of the time, even on `meta`, and a process needs the same
+    network for every client and round: where a copy does as well, the factory is called once.
+    """
+    built, can_be_copied = _skeleton(factory)
+    return twin(built) if can_be_copied else _build(factory)
+
+
+@lru_cache(maxsize=16)
+def _skeleton(factory: Factory) -> tuple[nn.Module, bool]:
+    """The network that copies are made of, and whether they can be."""
+    built = _build(factory)
+    return built, has_twins(built)
+
+
+def _build(factory: Factory) -> nn.Module:
     try:
         with torch.device("meta"):
             return factory()
-    except NotImplementedError:
+    except RuntimeError:  # torch's, of tensors without values; one of the network's own comes again
         return factory().to("meta")
 
 

@@ -6,7 +6,8 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -133,6 +134,12 @@ def relative_positions(layout: Layout, outer: Submodel, inner: Submodel, tensor:
 
 def narrow_shapes(layout: Layout, submodel: Submodel) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the part, in wire order."""
+    without_masks = Submodel(submodel.units, submodel.keys, cut=submodel.cut) if submodel.masks else submodel
+    return dict(_narrow_shapes(layout, without_masks))
+
+
+@lru_cache(maxsize=64)  # asked for half a dozen times a client; without masks, which are as large as the network
+def _narrow_shapes(layout: Layout, submodel: Submodel) -> dict[str, tuple[int, ...]]:
     counted: dict[int, int] = {}  # layouts share equal axes: each is counted once
     return {name: _narrow_shape(layout, submodel, name, counted) for name in layout.shapes if submodel.holds(name)}
 
@@ -223,11 +230,10 @@ def split_flat(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
         ValueError: the vector has not the length that the submodel asks for.
     """
     sizes = narrow_sizes(layout, submodel)
-    expected = sum(sizes.values())
-    if flat.shape != (expected,):
-        raise ValueError(f"a flat part of {expected} numbers is expected for this submodel, got shape {flat.shape}")
-    ends = np.cumsum(list(sizes.values()))
-    return dict(zip(sizes, np.split(flat, ends[:-1]), strict=True)) if sizes else {}
+    ends = [0, *accumulate(sizes.values())]
+    if flat.shape != (ends[-1],):
+        raise ValueError(f"a flat part of {ends[-1]} numbers is expected for this submodel, got shape {flat.shape}")
+    return {name: flat[start:end] for name, (start, end) in zip(sizes, pairwise(ends), strict=True)}
 
 
 def unflatten(layout: Layout, submodel: Submodel, flat: np.ndarray) -> Arrays:
@@ -452,8 +458,7 @@ def narrow(factory: Factory, arrays: Mapping[str, np.ndarray]) -> nn.Module:
             part of the state dict (its values would be lost).
     """
     model = holding(build_on_meta(factory), arrays)
-    known = model.state_dict().keys()
-    extra, missing = arrays.keys() - known, travelling(model).keys() - arrays.keys()
+    extra, missing = arrays.keys() - model.state_dict().keys(), travelling(model).keys() - arrays.keys()
     if extra or missing:
         raise ValueError(
             f"arrays do not fit the network {type(model).__name__}: unknown {sorted(extra)[:3]}, "

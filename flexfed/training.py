@@ -199,7 +199,7 @@ def fit(
     with _LastOutput(answering or (model,)) as logits:
         for _ in range(training.local_epochs):
             losses: list[tuple[Tensor, int]] = []  # read when the epoch is over: a GPU need not wait at every batch
-            right_in: list[Tensor] = []
+            answers: list[tuple[Tensor, Tensor]] = []
             in_epoch = 0
             for batch in batches(samples, training.batch_size, rng, training.drop_last):
                 optimizer.zero_grad(set_to_none=True)
@@ -210,10 +210,10 @@ def fit(
                     nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
                 step(optimizer)
                 losses.append((value.detach(), len(batch.labels)))
-                right_in.append((logits.value.argmax(1) == batch.labels).sum())
+                answers.append((logits.value.argmax(1), batch.labels))
                 in_epoch += len(batch.labels)
             seen += in_epoch
-            right.append(int(torch.stack(right_in).sum()) / in_epoch)
+            right.append(_num_right(answers) / in_epoch)
             mean_loss = _sum(losses) / in_epoch
             if not go_on(mean_loss):
                 break
@@ -227,6 +227,12 @@ def _sum(losses: Sequence[tuple[Tensor, int]]) -> float:
     for value, (_, num) in zip(numbers(torch.stack([value for value, _ in losses])).tolist(), losses, strict=True):
         total += value * num
     return total
+
+
+def _num_right(answers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """Samples that were answered right, in batches of (answers, labels)."""
+    given, labels = (torch.cat(each) for each in zip(*answers, strict=True))
+    return int(torch.count_nonzero(given == labels))
 
 
 class _LastOutput:

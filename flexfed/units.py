@@ -31,7 +31,7 @@ Arrays = dict[str, np.ndarray]
 """A state dict as numpy arrays."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where every unit of a network stands.
 

@@ -17,6 +17,7 @@ import client_app
 from flexfed.config import Experiment
 from flexfed.data import load_server
 from flexfed.flower.messages import job_content, read_update, to_array
+from flexfed.flower.request import Request
 from flexfed.jobs import initial_arrays
 from flexfed.overrides import defaults
 from flexfed.submodel import extract, flatten
@@ -47,7 +48,10 @@ def main(megabytes: int, measure: bool) -> dict[str, object]:
     message = as_message(job_content({"part": flat}, assignment, 7, 1, TRANSFORM))
     node = {"partition-id": 0, "num-partitions": 4, "memory-bytes": 8e9, "measure-memory": measure}
     context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=config)
-    client_app._work(message, context)  # the base: everything is imported, the network traced, the data loaded
+    (
+        Request(message, context).data,
+        Request(message, context).task,
+    )  # the base: everything is imported, the network traced, the data loaded
     limit(megabytes * 1_000_000)
     reply = client_app.app(message, context)
     update = read_update(reply.content, task.layout)

@@ -28,6 +28,7 @@ import server_app
 from flexfed import diary
 from flexfed.checkpoint import load_checkpoint, save_checkpoint
 from flexfed.client_state import load_state
+from flexfed.flower.request import client_data
 from flexfed.overrides import defaults, parse_overrides, with_resumed
 from flexfed.resume import run_identity
 from flexfed.runs import RunFolder, load_run
@@ -411,8 +412,8 @@ def test_a_key_that_a_run_does_not_know_yet_has_its_default(tmp_path: Path, whol
 def test_the_record_counts_what_came_before(tmp_path: Path) -> None:
     """A run whose every later reply fails has had valid ones."""
     left = killed_run(tmp_path, {"strategy": "fedavg"}, "after it", 2)
-    with patch.object(client_app, "load_client", side_effect=OSError("no disk")):
-        client_app._data.cache_clear()
+    with patch("flexfed.flower.request.load_client", side_effect=OSError("no disk")):
+        client_data.cache_clear()
         go_on(left)
     assert [len(line["failed"]) > 0 for line in lines(left)] == [False, False, True]
 

@@ -13,7 +13,6 @@ import torch
 from test_data import Write, numbers, vectors
 from toy import lines, run_toy
 
-import client_app
 from flexfed.data import (
     ClientData,
     DataConfig,
@@ -23,6 +22,7 @@ from flexfed.data import (
     load_server,
 )
 from flexfed.data.partitions import partition_rows
+from flexfed.flower.request import client_data
 from flexfed.training import Samples
 
 write = test_data.write  # the fixture
@@ -243,7 +243,7 @@ def test_an_own_folder_brings_its_own_test_split(write: Write) -> None:
 def normalised(**values: Any) -> ClientData:
     settings = {"strategy": "fedavg", "partition": "shards", "shard-size": 20}
     key = (*settings.items(), *((name.replace("_", "-"), value) for name, value in values.items()))
-    return client_app._data(key, 2, 20, "", (0.5,), (0.25,))
+    return client_data(key, 2, 20, "", (0.5,), (0.25,))
 
 
 def test_test_samples_are_normalised_once() -> None:

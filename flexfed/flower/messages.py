@@ -179,10 +179,10 @@ def read_job(content: RecordDict, layout: Layout, device: Device, known: Submode
         device: who is asked.
         known: whose masks this client holds.
     """
-    config = content.config_records["config"]
-    submodel = unpack(layout, cast(Any, content.config_records["submodel"]), known)
+    config = record_of(content, "config", ConfigRecord)
+    submodel = unpack(layout, cast(Any, record_of(content, "submodel", ConfigRecord)), known)
     codec, reply_codec = (str(config.get(key, PLAIN)) for key in ("codec", "reply-codec"))
-    part = unflatten(layout, submodel, decoded(codec, layout, submodel, content.array_records["arrays"]))
+    part = unflatten(layout, submodel, decoded(codec, layout, submodel, record_of(content, "arrays", ArrayRecord)))
     own = {k.removeprefix("method."): v for k, v in config.items() if k.startswith("method.")}
     return Job(
         submodel,
@@ -223,7 +223,7 @@ def update_content(update: Update, layout: Layout, job: Job | None = None) -> Re
     return content
 
 
-def _record(content: RecordDict, name: str, kind: type[R]) -> R:
+def record_of(content: RecordDict, name: str, kind: type[R]) -> R:
     """One record of a message; Flower's views by kind copy all records of that kind at every look."""
     record = content.get(name)
     if not isinstance(record, kind):
@@ -246,10 +246,10 @@ def read_update(content: RecordDict, layout: Layout, asked: Assignment | None = 
     if unknown := sorted(content.keys() - set(_REPLY)):
         raise ValueError(f"reply holds {', '.join(unknown[:3])[:99]!r}; expected {', '.join(_REPLY)} and nothing else")
     try:
-        arrays = _record(content, "arrays", ArrayRecord)
-        packed = _record(content, "submodel", ConfigRecord)
-        metrics = dict(_record(content, "metrics", MetricRecord))
-        told = dict(_record(content, "told", ConfigRecord)) if "told" in content else {}
+        arrays = record_of(content, "arrays", ArrayRecord)
+        packed = record_of(content, "submodel", ConfigRecord)
+        metrics = dict(record_of(content, "metrics", MetricRecord))
+        told = dict(record_of(content, "told", ConfigRecord)) if "told" in content else {}
     except KeyError as missing:
         raise ValueError(f"reply lacks {missing}; expected arrays/part, submodel and metrics/weight") from missing
     weight = metrics.pop("weight", math.nan)
@@ -303,7 +303,7 @@ def read_evaluation(reply: Message) -> Evaluation:
     if unknown := sorted(reply.content.keys() - {"metrics"}):
         raise ValueError(f"evaluation reply should hold metrics and nothing else, got {unknown[0][:40]!r}")
     try:
-        metrics: Any = _record(reply.content, "metrics", MetricRecord)
+        metrics: Any = record_of(reply.content, "metrics", MetricRecord)
         wrong = not_finite(metrics)
         if not wrong:
             result = Evaluation(int(metrics["correct"]), float(metrics["loss-sum"]), int(metrics["num-samples"]))
@@ -345,8 +345,8 @@ def read_profile(content: RecordDict) -> tuple[Device, int]:
     if set(content) != {"device", "config"}:
         raise ValueError(f"a profile should hold device and config, got {', '.join(sorted(content)[:3])[:99]!r}")
     try:
-        device = from_record(dict(_record(content, "device", ConfigRecord)))
-        partitions = _record(content, "config", ConfigRecord)["num-partitions"]
+        device = from_record(dict(record_of(content, "device", ConfigRecord)))
+        partitions = record_of(content, "config", ConfigRecord)["num-partitions"]
     except KeyError as missing:
         raise ValueError(f"a profile lacks {missing}") from missing
     if not (isinstance(partitions, int) and not isinstance(partitions, bool) and 1 <= partitions <= MOST_PARTITIONS):
