@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from benchmarks.measuring import Row, interleaved
+from flexfed.narrowing import narrow
 from flexfed.networks import travelling
 from flexfed.select import prefix_ratio
-from flexfed.submodel import extract, narrow
+from flexfed.submodel import extract
 from flexfed.training import Samples, Training, fit
 from flexfed.units import trace_layout
 

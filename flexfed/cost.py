@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexfed.codecs import CODECS, PLAIN, pieces
 from flexfed.devices import Device
+from flexfed.narrowing import resize
 from flexfed.networks import Factory, build_on_meta, holding, outputs
-from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes, resize
+from flexfed.submodel import Submodel, narrow_shapes, narrow_sizes
 from flexfed.training import Training, build_optimizer, samples_trained, use_batch_statistics
 from flexfed.units import Layout
 

@@ -25,10 +25,11 @@ from flexfed.exits import Exits
 from flexfed.levels import RunLevels, read_levels
 from flexfed.methods import METHODS
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.networks import Factory
 from flexfed.report import percent, scaled
 from flexfed.runs import write_atomic
-from flexfed.submodel import extract, narrow
+from flexfed.submodel import extract
 from flexfed.tensorfile import open_tensors
 from flexfed.units import Arrays
 

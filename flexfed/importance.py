@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from flexfed.compute import place_of
+from flexfed.narrowing import narrow
 from flexfed.networks import Factory
 from flexfed.select import RatioGroup
-from flexfed.submodel import narrow
 from flexfed.units import Layout
 
 _RELUS = frozenset({F.relu, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_})

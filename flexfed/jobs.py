@@ -17,17 +17,9 @@ from flexfed.devices import Device
 from flexfed.exits import Exits
 from flexfed.measure import free_memory
 from flexfed.models import load_weights
+from flexfed.narrowing import narrow
 from flexfed.networks import Factory, travelling
-from flexfed.submodel import (
-    Submodel,
-    flatten,
-    narrow,
-    relative_positions,
-    split_flat,
-    take,
-    travelling_numbers,
-    unflatten,
-)
+from flexfed.submodel import Submodel, flatten, relative_positions, split_flat, take, travelling_numbers, unflatten
 from flexfed.training import (
     Evaluation,
     Loss,

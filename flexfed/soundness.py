@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from flexfed.averaging import add_at
+from flexfed.narrowing import narrow
 from flexfed.networks import WAY_OUT, Factory
 from flexfed.select import top
-from flexfed.submodel import extract, narrow, positions
+from flexfed.submodel import extract, positions
 from flexfed.units import Layout
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flexfed.narrowing import resize
 from flexfed.networks import (
     WAY_OUT,
     Factory,
@@ -278,7 +279,7 @@ def out_axis(model: nn.Module, tensor: str) -> int:
 def _check_narrow(factory: Factory, layout: Layout, example_shape: tuple[int, ...]) -> None:
     """Run a half-width network on `meta`: a channel that the trace missed shows as a shape error there."""
     from flexfed.select import prefix_ratio
-    from flexfed.submodel import narrow_shapes, resize
+    from flexfed.submodel import narrow_shapes
 
     model = resize(build_on_meta(factory), narrow_shapes(layout, prefix_ratio(layout, 0.5)))
     running: list[str] = []

@@ -33,8 +33,9 @@ from flexfed.methods.autoflip_units import (
     without_least_units,
 )
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.networks import build_on_meta
-from flexfed.submodel import Submodel, extract, full, narrow
+from flexfed.submodel import Submodel, extract, full
 from flexfed.units import Arrays, Layout, trace_layout
 
 NAMES = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")

@@ -31,7 +31,8 @@ from flexfed.flower.messages import read_update
 from flexfed.jobs import Job, Task, Update, free_memory_of, initial_arrays
 from flexfed.methods import METHODS, fedavg, flexfl
 from flexfed.methods.flexfl import LEVELS, Teacher
-from flexfed.submodel import Submodel, extract, flatten, full, narrow, pack, unpack, within
+from flexfed.narrowing import narrow
+from flexfed.submodel import Submodel, extract, flatten, full, pack, unpack, within
 from flexfed.training import use_batch_statistics
 from strategies import STRATEGIES
 

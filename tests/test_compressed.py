@@ -40,9 +40,10 @@ from flexfed.methods.compressed_tiers import (
     tier_cost,
 )
 from flexfed.methods.fedlps import model_norms
+from flexfed.narrowing import narrow
 from flexfed.networks import build_on_meta
 from flexfed.select import prefix_ratio, top, window
-from flexfed.submodel import Submodel, extract, flatten, full, narrow, pack, unflatten
+from flexfed.submodel import Submodel, extract, flatten, full, pack, unflatten
 from flexfed.training import Loss, Samples, Training, fit
 from flexfed.units import Arrays, Layout, trace_layout
 

@@ -23,8 +23,9 @@ from flexfed.cost import (
 )
 from flexfed.devices import Device
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, extract, flatten, full, narrow
+from flexfed.submodel import Submodel, extract, flatten, full
 from flexfed.training import Samples, Training, fit, use_batch_statistics
 from flexfed.units import trace_layout
 

@@ -18,11 +18,12 @@ from flexfed.cost import forward_macs, network_on_meta, num_parameters
 from flexfed.exits import ExitNetwork, exit_factory, with_exits
 from flexfed.models import model_factory
 from flexfed.models.heads import HEADS, Attention
+from flexfed.narrowing import narrow
 from flexfed.networks import Factory, build_on_meta, travelling
 from flexfed.select import prefix_ratio
 from flexfed.soundness import check_parts
 from flexfed.stages import stage_shapes
-from flexfed.submodel import Submodel, extract, narrow, narrow_shapes
+from flexfed.submodel import Submodel, extract, narrow_shapes
 from flexfed.units import trace_layout
 
 IMAGE = (3, 32, 32)

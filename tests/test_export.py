@@ -35,9 +35,10 @@ from flexfed.exits import depth_keys, exit_factory
 from flexfed.export import export_level, exported_facts, file_stem, load_exported, plain_network, to_onnx
 from flexfed.levels import overview_of_run, read_levels
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.networks import travelling
 from flexfed.select import prefix_ratio
-from flexfed.submodel import extract, narrow
+from flexfed.submodel import extract
 from flexfed.training import Samples
 from flexfed.units import trace_layout
 

@@ -29,8 +29,9 @@ from flexfed.inner import InnerNetwork
 from flexfed.jobs import Assignment, Job, Task, Update, initial_arrays, train_network
 from flexfed.methods.fjord import FjORDConfig, OrderedDropout, allowed, local_update, memory_beside, soft_cross_entropy
 from flexfed.methods.heterofl import HeteroFLConfig, LevelsConfig
+from flexfed.narrowing import narrow
 from flexfed.select import kept_units, prefix_ratio
-from flexfed.submodel import Submodel, extract, flatten, narrow, unpack
+from flexfed.submodel import Submodel, extract, flatten, unpack
 from flexfed.training import Samples, batches, use_batch_statistics
 from flexfed.units import Arrays, Layout
 from strategies import STRATEGIES

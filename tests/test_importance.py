@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from flexfed.importance import ReluCalls, ReluStatistics, apoz, group_scores, relu_units
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.select import RatioGroup, ratio_groups
-from flexfed.submodel import narrow
 from flexfed.units import Layout, build_on_meta, trace_layout
 
 # --- Seeing ReLUs ---

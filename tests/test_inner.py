@@ -14,9 +14,10 @@ from toy import DIGITS, Ties, place, random_units, toy_task
 from flexfed.inner import InnerNetwork
 from flexfed.methods.flexfl import Teacher
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.networks import travelling
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, extract, narrow
+from flexfed.submodel import Submodel, extract
 from flexfed.training import use_batch_statistics
 from flexfed.units import Arrays, Layout, trace_layout
 

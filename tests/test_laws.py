@@ -47,8 +47,9 @@ from flexfed.flower.messages import job_content, num_bytes, read_update, to_arra
 from flexfed.jobs import Assignment, Update, shrink
 from flexfed.methods.flexfl import LEVELS
 from flexfed.models import model_factory
+from flexfed.narrowing import narrow
 from flexfed.select import prefix_ratio, window
-from flexfed.submodel import Submodel, compose, extract, flatten, full, narrow, narrow_shapes, pack, unpack
+from flexfed.submodel import Submodel, compose, extract, flatten, full, narrow_shapes, pack, unpack
 from flexfed.units import Arrays, Layout, build_on_meta, trace_layout, travelling
 from strategies import STRATEGIES
 

@@ -21,8 +21,9 @@ with warnings.catch_warnings():  # typer imports names that newer versions of cl
 from flexfed import cli
 from flexfed.levels import LISTED, Overview, _listed, natural_input, overview_of_model, overview_of_run
 from flexfed.models import MODELS, check_model
+from flexfed.narrowing import narrow
 from flexfed.select import prefix_ratio
-from flexfed.submodel import extract, narrow
+from flexfed.submodel import extract
 
 
 def levels(*words: str) -> Result:

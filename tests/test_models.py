@@ -20,8 +20,9 @@ from torch import nn
 from flexfed.cost import num_parameters
 from flexfed.models import MODELS, build_model, check_model, load_weights, model_factory
 from flexfed.models.heterofl import WIDTHS, heterofl_conv, heterofl_resnet18
+from flexfed.narrowing import narrow
 from flexfed.select import prefix, prefix_ratio, ratio_widths
-from flexfed.submodel import narrow, narrow_shapes
+from flexfed.submodel import narrow_shapes
 from flexfed.units import Layout, trace_layout
 
 IMAGE = (3, 32, 32)

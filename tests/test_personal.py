@@ -42,10 +42,11 @@ from flexfed.devices import Device, load_fleet
 from flexfed.flower.grid import InProcessGrid
 from flexfed.flower.messages import evaluation_content, from_array
 from flexfed.jobs import Part, Task, Update
+from flexfed.narrowing import narrow
 from flexfed.personal import evaluate_personal, model_state, stored_model
 from flexfed.ratios import unpack_bandits
 from flexfed.select import prefix_ratio
-from flexfed.submodel import Submodel, extract, full, narrow, unflatten, unpack
+from flexfed.submodel import Submodel, extract, full, unflatten, unpack
 from flexfed.training import Evaluation, Samples
 from flexfed.units import Arrays, Layout
 from strategies import STRATEGIES

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from toy import Decoder, Ties, random_arrays, random_units
 
+from flexfed.narrowing import narrow
 from flexfed.select import prefix_ratio
 from flexfed.submodel import (
     Submodel,
@@ -15,7 +16,6 @@ from flexfed.submodel import (
     extract,
     flatten,
     full,
-    narrow,
     narrow_shapes,
     pack,
     positions,

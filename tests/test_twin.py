@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flexfed.models import MODELS, build_model
+from flexfed.narrowing import narrow
 from flexfed.networks import build_on_meta, travelling
-from flexfed.submodel import narrow
 from flexfed.twin import has_twins, twin
 
 SHAPES = {"cnn": (1, 8, 8), "cnn1d": (6, 90)}
