@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexfed.config import BANDIT_PREFIX, defaults_of
+from flexfed.config import BANDIT_PREFIX, with_defaults
 from flexfed.methods import METHODS
 from flexfed.overrides import Scalar
 from flexfed.runs import Run, find_runs, leaves_devices_out, load_run
@@ -27,13 +27,7 @@ def shared_config(run: Run) -> dict[str, Scalar]:
     Dotted keys are knobs of one method.
     """
     left_out = METHOD_KEYS | PLACE_KEYS
-    return {key: value for key, value in _full_config(run).items() if "." not in key and key not in left_out}
-
-
-def _full_config(run: Run) -> dict[str, Scalar]:
-    """A run's configuration; keys that it is too old to know have their defaults, as when it goes on."""
-    strategy = str(run.config.get("strategy"))
-    return {**(defaults_of(strategy) if strategy in METHODS else {}), **run.config}
+    return {key: value for key, value in with_defaults(run.config).items() if "." not in key and key not in left_out}
 
 
 def comparable(one: Run, other: Run) -> bool:
@@ -201,7 +195,7 @@ def compare_runs(runs: Sequence[Run], baseline: str | None = None) -> Comparison
 
 def _variant(run: Run) -> tuple[tuple[str, Scalar], ...]:
     """What makes a row: all keys but the seed and other methods' knobs, and the number of clients."""
-    config, clients = _full_config(run), _num_clients(run)
+    config, clients = with_defaults(run.config), _num_clients(run)
     own = f"{config.get('strategy')}."
     # A method may name another one that its run becomes (FedStitch's fine-tuning), whose knobs it then reads.
     followed = {f"{value}." for key, value in config.items() if key.startswith(own) and value in METHODS}

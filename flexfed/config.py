@@ -18,6 +18,7 @@ from flexfed.methods import METHODS
 from flexfed.methods.fedstitch import NO_FINETUNING
 from flexfed.models import check_model, model_factory
 from flexfed.networks import Factory
+from flexfed.overrides import Scalar
 from flexfed.rivals import BANDITS
 from flexfed.runs import absolute_path
 from flexfed.training import Training
@@ -265,6 +266,12 @@ def defaults_of(strategy: str) -> dict[str, Any]:
     method = METHODS[strategy]
     shared = {**keys_of(Settings), **keys_of(DataConfig), **keys_of(Training), **keys_of(BanditConfig, BANDIT_PREFIX)}
     return {**shared, **keys_of(method.config, method.prefix)}
+
+
+def with_defaults(config: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """A recorded configuration in the words of now: keys that are newer than the run have their defaults."""
+    strategy = str(config.get("strategy"))
+    return {**(defaults_of(strategy) if strategy in METHODS else {}), **config}
 
 
 def _written(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexfed.checkpoint import Checkpoint, load_checkpoint
-from flexfed.config import defaults_of
+from flexfed.config import defaults_of, with_defaults
 from flexfed.overrides import Scalar
 from flexfed.runs import Metrics, RunFolder, load_run, read_config, read_rounds
 
@@ -86,8 +86,7 @@ def refuse_other_configuration(folder: Path, own: Mapping[str, Scalar], given: M
     Raises:
         ValueError: says which keys differ, and how to give the run its own.
     """
-    usual = defaults_of(str(given["strategy"]))  # for keys that one of the two does not know yet
-    there, here = ({**usual, **values} for values in (own, given))
+    there, here = with_defaults(own), with_defaults(given)
     keys = sorted((there.keys() | here.keys()) - MAY_CHANGE)
     differing = [
         f"{key} ({there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} now)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexfed.compare import PLACE_KEYS, Comparison, Row, notes_on
+from flexfed.config import with_defaults
 from flexfed.overrides import (
     Scalar,
     check_known,
@@ -259,8 +260,8 @@ def finished_run(run: SuiteRun) -> Run | None:
     """The run in that folder (`finished_folder`)."""
     try:
         record = json.loads((run.folder / MARKER).read_text(encoding="utf-8"))
-        same = record["supernodes"] == run.supernodes and same_config(_with_new_keys(record["config"], run), run.config)
-        found = load_run(run.folder / record["run"]) if same else None
+        same = same_config(with_defaults(record["config"]), with_defaults(run.config))
+        found = load_run(run.folder / record["run"]) if same and record["supernodes"] == run.supernodes else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # no marker, or damage
         return None
     return found if found and found.summary else None
@@ -278,11 +279,6 @@ def begun_folder(run: SuiteRun) -> Path | None:
         except (ValueError, OSError):  # of another configuration, or damaged
             continue
     return None
-
-
-def _with_new_keys(recorded: Mapping[str, Scalar], run: SuiteRun) -> dict[str, Scalar]:
-    """What a run was, in the words of now: keys that it did not know yet have their defaults, as when runs go on."""
-    return {**{key: value for key, value in run.config.items() if key not in run.overrides}, **recorded}
 
 
 def same_config(recorded: Mapping[str, Scalar], expected: Mapping[str, Scalar]) -> bool:

@@ -167,10 +167,11 @@ def test_a_marked_run_counts_until_the_configuration_changes(suite):
     assert finished_folder(run) == folder
     changed = suite_runs(suite, {**KNOWN, "flexfl.kd-weight": 1.0, "num-server-rounds": 5})[0]
     assert finished_folder(changed) is None  # whose knob it is does not matter: the run knew it
-    newer = {**KNOWN, "learning-rate": 1.0}  # a key that did not exist then
+    newer = {**KNOWN, "learning-rate": 0.1}  # a key that did not exist then, with its default
     assert finished_folder(suite_runs(suite, newer)[0]) == folder
-    rows = {**suite.rows, "exclusive": {**suite.rows["exclusive"], "learning-rate": 0.5}}
-    assert finished_folder(suite_runs(replace(suite, rows=rows), newer)[0]) is None
+    for rate, found in ((0.5, None), (0.1, folder)):
+        rows = {**suite.rows, "exclusive": {**suite.rows["exclusive"], "learning-rate": rate}}
+        assert finished_folder(suite_runs(replace(suite, rows=rows), newer)[0]) == found
     (folder / "summary.json").unlink()
     assert finished_folder(run) is None
 
