@@ -137,9 +137,10 @@ def _verdict_table(comparison: Comparison) -> TextTable:
     asked = {name: test.p for name, test in tests.items() if test is not None and test.p is not None}
     corrected = dict(zip(asked, holm(list(asked.values())), strict=True))
     body = [[name, *_verdict_cells(metric, test, corrected.get(name))] for name, test in tests.items()]
+    rows = "one row" if len(asked) == 1 else f"{len(asked)} rows"
     caption = (
         f"Is {metric} better than {baseline.name}'s? Student's t-test of the differences paired by seed, with their "
-        f"95 % interval; p, and p corrected for the {len(asked)} rows (Holm), by which the verdict goes ({LEVEL:g}). "
+        f"95 % interval; p, and p corrected for the {rows} (Holm), by which the verdict goes ({LEVEL:g}). "
         "Few seeds show large differences only: not shown is not the same as equal."
     )
     return TextTable(caption, ["method", "difference", "from", "to", "p", "corrected", "verdict"], body)
