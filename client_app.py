@@ -18,7 +18,6 @@ from flexfed.client_state import with_masks
 from flexfed.data import ClientData
 from flexfed.flower.messages import (
     CHANGED,
-    check_code,
     evaluation_content,
     profile_content,
     read_statistics,
@@ -55,7 +54,6 @@ app = ClientApp(mods=[with_changes])
 def profile(message: Message, context: Context) -> Message:
     """Who this client is: its partition, its device, how much data it has."""
     asked = Request(message, context)
-    check_code(asked.config)
     _, partitions = asked.place
     return Message(profile_content(asked.device, partitions), reply_to=message)
 
@@ -76,7 +74,8 @@ def train(message: Message, context: Context) -> Message:
         update = replace(update, state={**update.state, **model_state(asked.task, update.trained)})
     if method.masks_recur:
         update = replace(update, state=with_masks(update.state, job))
-    asked.keep(job.server_round, update.state)
+    if update.state:
+        asked.save(job.server_round, update.state)
     return Message(update_content(update, asked.task.layout, job), reply_to=message)
 
 
@@ -109,7 +108,7 @@ def answer(message: Message, context: Context) -> Message:
     began = seconds()
     found = phases[kind](question, experiment.method, data.to(place))
     if found.state:
-        asked.keep(int(asked.config["step"]), found.state)
+        asked.save(int(asked.config["step"]), found.state)
     metrics = {**found.metrics, "seconds": seconds() - began}
     return Message(answer_content(replace(found, metrics=metrics)), reply_to=message)
 

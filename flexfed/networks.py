@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from flexfed.twin import has_twins, twin
 
 Factory = Callable[[], nn.Module]
-"""Builds the full network, every time the same; must work on the `meta` device."""
+"""Builds the full network, every time the same, whatever stands outside of it; hashable."""
 
 Convention = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and deviation of each channel by which a network wants its inputs normalised, images being in 0..1."""
@@ -45,17 +45,19 @@ def build_on_meta(factory: Factory) -> nn.Module:
     """The network without memory; one that reads values while it is built is built for real and then emptied.
 
     It is the caller's own. Torch's initialisers take most of the time, even on `meta`, and a process needs the same
-    network for every client and round: where a copy does as well, the factory is called once.
+    network for every client and round: where a copy certainly does as well, the factory is called once.
     """
-    built, can_be_copied = _skeleton(factory)
-    return twin(built) if can_be_copied else _build(factory)
+    if torch.is_inference_mode_enabled():  # tensors of another kind
+        return _build(factory)
+    skeleton = _skeleton(factory, torch.get_default_dtype())
+    return _build(factory) if skeleton is None else twin(skeleton)
 
 
 @lru_cache(maxsize=16)
-def _skeleton(factory: Factory) -> tuple[nn.Module, bool]:
-    """The network that copies are made of, and whether they can be."""
+def _skeleton(factory: Factory, dtype: torch.dtype) -> nn.Module | None:
+    """The network that copies are made of; None where each has to be built."""
     built = _build(factory)
-    return built, has_twins(built)
+    return built if has_twins(built) else None
 
 
 def _build(factory: Factory) -> nn.Module:

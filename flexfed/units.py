@@ -37,7 +37,7 @@ class Layout:
     """Where every unit of a network stands.
 
     Running statistics of batch norm are no part of it: they never travel, whoever evaluates computes them
-    (`flexfed.batchnorm`).
+    (`flexfed.batchnorm`). Compared by identity, for what is found of a layout is remembered by it.
 
     Attributes:
         groups: group name -> its unit numbers. Units of one group are tied channels: residual sums, depthwise

@@ -80,7 +80,6 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("flexfed/suites.py", "json.loads"): (1, OURS),
     ("flexfed/tensorfile.py", "json.loads"): (1, OURS),
     ("flexfed/stitching/saved.py", "json.loads"): (1, OURS),
-    ("flexfed/twin.py", "pickle.dumps"): (1, "asks whether a network can be written so; nothing is read or kept"),
     ("flexfed/devices.py", "tomllib.loads"): (1, "a fleet, from the run's configuration"),
     ("flexfed/models/weights.py", "torch.load"): (1, "torch hub's cache, tensors alone"),
     ("flexfed/stitching/weightfiles.py", "torch.load"): (2, "a zoo's weight files, tensors alone"),

@@ -49,51 +49,37 @@ def test_a_twin_is_what_another_build_would_be_and_shares_nothing(name: str) -> 
     assert not mutable(other) & mutable(model)
 
 
-class Heads(nn.Module):
-    """Says of itself all kinds of things; a hook, a method and a list lead to its own modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(4, 6)
-        self.frozen = nn.Linear(6, 6)
-        self.frozen.weight.requires_grad = False
-        self.shared = self.frozen  # one module under two names
-        self.heads = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
-        self.register_buffer("scale", torch.ones(6), persistent=False)
-        self.choose = self.first
-        self.last = partial(self.second, times=2)
-        self.used: list[nn.Module] = [self.heads[0], self.body]
-        self.seen: list[int] = []
-        self.body.register_forward_hook(self.note)
-
-    def note(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.seen.append(len(output))
-
-    def first(self, x: Tensor) -> Tensor:
-        return self.heads[0](x)
-
-    def second(self, x: Tensor, times: int) -> Tensor:
-        return times * self.heads[1](x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.shared(self.body(x)) * self.scale
-        return self.choose(x) + self.last(x)
+def of_layers(**values: Any) -> nn.Module:
+    """A network of torch's layers, to which somebody has attached values."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    for name, value in values.items():
+        setattr(model, name, value)
+    return model
 
 
-def test_what_leads_to_a_networks_own_modules_leads_to_the_twins() -> None:
+def with_frozen_and_shared() -> nn.Module:
+    """One module under two names, a parameter that is not trained, a buffer that is not saved, a list of modules."""
+    model = of_layers()
+    model.add_module("again", model[0])
+    model[2].weight.requires_grad = False
+    model.register_buffer("scale", torch.ones(6), persistent=False)
+    model.ends = [model[0], {"last": model[2]}]
+    return model
+
+
+def test_what_belongs_to_a_network_belongs_to_its_twin() -> None:
     with torch.device("meta"):
-        model = Heads()
+        model = with_frozen_and_shared()
     assert has_twins(model)
     other = twin(model)
-    assert other.shared is other.frozen
-    assert other.used[0] is other.heads[0]
-    assert other.used[1] is other.body
-    assert other.choose.__self__ is other
-    other(torch.zeros(5, 4, device="meta"))
-    assert (other.seen, model.seen) == ([5], [])
-    assert [n for n, p in other.named_parameters() if not p.requires_grad] == ["frozen.weight"]
+    assert other.again is other[0]
+    assert other.ends[0] is other[0]
+    assert other.ends[1]["last"] is other[2]
+    assert [n for n, p in other.named_parameters() if not p.requires_grad] == ["2.weight"]
     assert "scale" not in other.state_dict()
     assert other.scale.is_meta
+    assert not mutable(other) & mutable(model)
+    assert not {id(model.ends), id(model.ends[1])} & {id(other.ends), id(other.ends[1])}
 
 
 class Remembering(nn.Module):
@@ -108,58 +94,64 @@ class Remembering(nn.Module):
         return self.run(x)
 
 
-class CopiedItsWay(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def __deepcopy__(self, memo: object) -> nn.Module:
-        return self
-
-
-class SavedItsWay(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-
-class Slotted(nn.Linear):
-    __slots__ = ("extra",)
+class Noisy(nn.Linear):
+    """Draws from a generator of its own."""
 
     def __init__(self) -> None:
         super().__init__(4, 3)
-        self.extra = 2
+        self.rng = np.random.default_rng()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.rng.random()
 
 
-class WithGenerator(nn.Linear):
-    """Holds what cannot be copied."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 3)
-        self.numbers = (n for n in range(3))
+def hooked() -> nn.Module:
+    model = of_layers()
+    model[0].register_forward_hook(lambda *_: model.train())
+    return model
 
 
-ALONE = (Remembering, CopiedItsWay, SavedItsWay, Slotted, WithGenerator)
+def with_own_parameters() -> nn.Module:
+    model = of_layers()
+    model[0].weight.told = "something"
+    return model
 
 
-@pytest.mark.parametrize("factory", ALONE)
-def test_a_network_that_a_copy_would_not_equal_has_no_twins(factory: type[nn.Module]) -> None:
-    assert not has_twins(nn.Sequential(factory()))
+def parametrized() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
 
 
-@pytest.mark.parametrize("factory", ALONE)
-def test_it_is_built_anew_instead(factory: type[nn.Module]) -> None:
-    one, other = build_on_meta(factory), build_on_meta(factory)
-    assert not mutable(one) & mutable(other)
+MARK = object()
+SEEN: list[int] = []
+ALONE: dict[str, Callable[[], nn.Module]] = {
+    "somebody's module": Remembering,
+    "its own numbers": Noisy,
+    "a generator": partial(of_layers, rng=np.random.default_rng(1)),
+    "an object that is compared by identity": partial(of_layers, act=MARK),
+    "a method of a list": partial(of_layers, note=SEEN.append),
+    "a function that remembers": partial(of_layers, run=lambda: MARK),
+    "a hook": hooked,
+    "a tensor of no table": partial(of_layers, table=torch.ones(3)),
+    "numbers of numpy": partial(of_layers, table=np.ones(3)),
+    "a module that it does not show": partial(of_layers, hidden=(nn.ReLU(),)),
+    "a parameter that says more": with_own_parameters,
+    "parametrized": parametrized,
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_network_that_a_copy_may_not_equal_has_no_twins_and_is_built_for_every_caller(kind: str) -> None:
+    factory = Counting(ALONE[kind])
+    assert not has_twins(ALONE[kind]())
+    build_on_meta(factory)
+    before = factory.built
+    build_on_meta(factory)
+    assert factory.built == before + 1
 
 
 def test_what_remembers_its_own_network_computes_with_the_narrow_one() -> None:
     arrays = {name: np.full(t.shape, 2.0, dtype=np.float32) for name, t in travelling(Remembering()).items()}
-    models = [narrow(Remembering, arrays) for _ in range(2)]
-    for model in models:
+    for model in (narrow(Remembering, arrays), narrow(Remembering, arrays)):
         assert torch.equal(model(torch.ones(1, 4)), torch.full((1, 3), 10.0))
 
 
@@ -175,24 +167,33 @@ class Counting:
 
 
 def test_a_network_is_built_once_and_each_caller_gets_his_own() -> None:
-    factory = Counting(Heads)
+    factory = Counting(with_frozen_and_shared)
     one = build_on_meta(factory)
-    one.body.weight.requires_grad = False
-    one.heads.append(nn.Linear(1, 1))
-    one.seen.append(1)
+    one[0].weight.requires_grad = False
+    one.append(nn.Linear(1, 1))
+    one.ends.clear()
     other = build_on_meta(factory)
     assert factory.built == 1
     with torch.device("meta"):
-        assert told(other) == told(Heads())
-    assert other.seen == []
+        assert told(other) == told(with_frozen_and_shared())
+    assert len(other.ends) == 2
 
 
-def test_one_without_twins_is_built_for_every_caller() -> None:
-    factory = Counting(Remembering)
-    build_on_meta(factory)
-    before = factory.built
-    build_on_meta(factory)
-    assert factory.built == before + 1
+def test_a_first_call_in_inference_mode_does_not_spoil_the_later_ones() -> None:
+    factory = partial(of_layers)
+    with torch.inference_mode():
+        build_on_meta(factory)
+    assert all(p.requires_grad and not p.is_inference() for p in build_on_meta(factory).parameters())
+
+
+def test_networks_follow_the_default_type_of_numbers() -> None:
+    factory = partial(of_layers)
+    assert build_on_meta(factory)[0].weight.dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert build_on_meta(factory)[0].weight.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Reading(nn.Linear):

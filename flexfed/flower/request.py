@@ -31,11 +31,15 @@ class Request:
     Attributes:
         config: what the message says beside arrays.
         key: the run configuration as something to cache by: a process serves many clients and rounds of a run.
+
+    Raises:
+        RuntimeError: the server has other code.
     """
 
     def __init__(self, message: Message, context: Context):
         self.message, self.context = message, context
         self.config: Mapping[str, Any] = record_of(message.content, "config", ConfigRecord)
+        check_code(self.config)
         self.key: _Key = tuple(sorted(context.run_config.items()))
 
     @cached_property
@@ -72,12 +76,7 @@ class Request:
 
     @cached_property
     def data(self) -> ClientData:
-        """This client's data, normalised as the server's are; makes the process ready to compute with them.
-
-        Raises:
-            RuntimeError: the server has other code.
-        """
-        check_code(self.config)
+        """This client's data, normalised as the server's are; makes the process ready to compute with them."""
         torch.set_num_threads(self.experiment.settings.torch_threads)
         compute.use(self.torch_device)
         mean, std = tuple(self.config["input-mean"]), tuple(self.config["input-std"])
@@ -103,10 +102,9 @@ class Request:
         """The private state that the server counts on."""
         return load_state(self._state_folder, self._base)
 
-    def keep(self, server_round: int, state: Arrays) -> None:
-        """Save a new private state, if there is one."""
-        if state:
-            save_state(self._state_folder, server_round, state, self._base)
+    def save(self, server_round: int, state: Arrays) -> None:
+        """Write a new private state."""
+        save_state(self._state_folder, server_round, state, self._base)
 
     @cached_property
     def _base(self) -> int:
