@@ -38,7 +38,7 @@ def twin(model: nn.Module) -> nn.Module:
 def _copied(value: Any, known: dict[int, Any]) -> Any:
     kind = type(value)
     if kind in _TABLES:
-        return kind((key, _copied(each, known)) for key, each in value.items()) if value else kind()
+        return kind((_copied(key, known), _copied(each, known)) for key, each in value.items()) if value else kind()
     if kind in _LISTS:
         return kind(_copied(each, known) for each in value) if value else kind()
     return known.get(id(value), value)

@@ -64,6 +64,7 @@ def with_frozen_and_shared() -> nn.Module:
     model[2].weight.requires_grad = False
     model.register_buffer("scale", torch.ones(6), persistent=False)
     model.ends = [model[0], {"last": model[2]}]
+    model.names = {model[0]: "first"}
     return model
 
 
@@ -75,6 +76,7 @@ def test_what_belongs_to_a_network_belongs_to_its_twin() -> None:
     assert other.again is other[0]
     assert other.ends[0] is other[0]
     assert other.ends[1]["last"] is other[2]
+    assert other.names == {other[0]: "first"}
     assert [n for n, p in other.named_parameters() if not p.requires_grad] == ["2.weight"]
     assert "scale" not in other.state_dict()
     assert other.scale.is_meta
