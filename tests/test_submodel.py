@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,18 @@ def part_of_ties(layout: Layout) -> Submodel:
 
 
 # --- submodels --------------------------------------------------------------------------------------------------
+
+
+def test_remembered_shapes_hold_no_masks(layout: Layout) -> None:
+    """They are as large as the network."""
+    units = full(layout).units
+    name, shape = next(iter(layout.shapes.items()))
+    masked = Submodel(units, masks={name: np.ones(shape, dtype=bool)})
+    assert narrow_shapes(layout, masked) == dict(layout.shapes)
+    gone = weakref.ref(masked)
+    del masked
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("units", [np.ones(3), np.ones((2, 2), dtype=bool), np.ones(3, dtype=np.uint8)])
